@@ -1,0 +1,181 @@
+"""What is quantized and how: one frozen dataclass, its presets, and the one function that resolves either.
+
+The same fields work from Python (`Int8Recipe(...)`), YAML and the command line (`recipe: row`, or a mapping of fields,
+optionally with `preset:` as the base to change).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Scaling = Literal["row", "block", "vector"]
+Backend = Literal["auto", "reference", "triton"]
+
+
+@dataclass(frozen=True)
+class Int8Recipe:
+    """How one linear layer's three GEMMs are quantized.
+
+    Args:
+        scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction, X and W quantized once
+            and folded for the backward (this project's). ``"block"``: one per ``block_size``² block (arXiv 2503.08040).
+            ``"vector"``: one per row, both operands quantized again for each GEMM (LLM.int8(), arXiv 2208.07339).
+        block_size: Edge of the square blocks that fall back (and, for ``"block"``, share a scale). A multiple of 16
+            from 16 to 256.
+        activation_band: Lowest and highest fraction of X's blocks that may fall back to 16 bits before the threshold
+            moves, each in [0, 1]. ``(0, 0)`` turns fallback on X off.
+        gradient_band: The same for dY.
+        threshold_factor: Factor by which a threshold moves after a step whose rate left its band; above 1
+            (1.3 in arXiv 2503.08040).
+        stochastic_rounding: Round dY stochastically (unbiased, 2 to 3 dB more noise) instead of to nearest.
+        forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
+        dgrad: The same for the input-gradient GEMM.
+        wgrad: The same for the weight-gradient GEMM.
+        outlier_threshold: Only for ``"vector"``: activation columns whose AbsMax exceeds this stay in the input's
+            dtype (6.0 in LLM.int8()). ``None``: none do.
+        backend: Which kernels run: ``"auto"`` chooses by device; ``"reference"`` is plain PyTorch; ``"triton"`` needs a
+            CUDA device of capability 8.0 or higher. The environment variable ``LIGHTNING_INT8_BACKEND`` overrides
+            ``"auto"``.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range, or fields contradict each other.
+    """
+
+    scaling: Scaling = "row"
+    block_size: int = 128
+    activation_band: tuple[float, float] = (0.1, 0.3)
+    gradient_band: tuple[float, float] = (0.1, 0.3)
+    threshold_factor: float = 1.3
+    stochastic_rounding: bool = False
+    forward: bool = True
+    dgrad: bool = True
+    wgrad: bool = True
+    outlier_threshold: float | None = None
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("scaling", self.scaling, get_args(Scaling))
+        _check_choice("backend", self.backend, get_args(Backend))
+        for name in ("stochastic_rounding", "forward", "dgrad", "wgrad"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
+            raise TypeError(f"Int8Recipe.block_size={self.block_size!r} must be an integer.")
+        if not 16 <= self.block_size <= 256 or self.block_size % 16:
+            raise ValueError(
+                f"Int8Recipe.block_size={self.block_size} must be a multiple of 16 from 16 to 256; 128 is the default, "
+                "32 is Jetfire's."
+            )
+        for name in ("activation_band", "gradient_band"):
+            object.__setattr__(self, name, _checked_band(name, getattr(self, name)))
+        _check_number("threshold_factor", self.threshold_factor)
+        if not 1.0 < self.threshold_factor <= 16.0:
+            raise ValueError(
+                f"Int8Recipe.threshold_factor={self.threshold_factor} must be above 1 and at most 16; 1.3 is the default."
+            )
+        if not (self.forward or self.dgrad or self.wgrad):
+            raise ValueError("Int8Recipe runs none of forward, dgrad and wgrad in INT8; leave at least one true.")
+        if self.outlier_threshold is not None:
+            _check_number("outlier_threshold", self.outlier_threshold)
+            if self.scaling != "vector":
+                raise ValueError(
+                    f"Int8Recipe.outlier_threshold={self.outlier_threshold} needs scaling='vector', not "
+                    f"{self.scaling!r}; 'row' and 'block' keep outliers by block fallback instead."
+                )
+            if not self.outlier_threshold > 0:
+                raise ValueError(f"Int8Recipe.outlier_threshold={self.outlier_threshold} must be above 0.")
+        if self.scaling == "vector" and (self.activation_band != (0.0, 0.0) or self.gradient_band != (0.0, 0.0)):
+            raise ValueError(
+                "Int8Recipe(scaling='vector') has no block fallback: set activation_band and gradient_band to (0, 0), "
+                "or use scaling='row' or 'block'."
+            )
+
+    def describe(self) -> str:
+        """The preset's name where the fields equal one, else the fields that differ from the default."""
+        for name, preset in PRESETS.items():
+            if dataclasses.replace(self, backend="auto") == preset:
+                return name
+        default = Int8Recipe()
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(default, f.name) and f.name != "backend"
+        ]
+        return f"Int8Recipe({', '.join(changed)})"
+
+
+NO_FALLBACK = (0.0, 0.0)
+
+PRESETS: dict[str, Int8Recipe] = {
+    "row": Int8Recipe(),
+    "block": Int8Recipe(scaling="block"),
+    "jetfire": Int8Recipe(
+        scaling="block", block_size=32, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
+    ),
+    "rowwise": Int8Recipe(scaling="vector", activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK),
+    "llm_int8": Int8Recipe(
+        scaling="vector",
+        activation_band=NO_FALLBACK,
+        gradient_band=NO_FALLBACK,
+        dgrad=False,
+        wgrad=False,
+        outlier_threshold=6.0,
+    ),
+}
+
+
+def resolve_recipe(recipe: str | Int8Recipe | Mapping[str, Any]) -> Int8Recipe:
+    """A recipe from a preset's name, a mapping of fields (with an optional ``preset`` to start from), or itself.
+
+    Raises:
+        TypeError: ``recipe`` is none of these.
+        ValueError: Unknown preset or field, or a field out of range.
+    """
+    if isinstance(recipe, Int8Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        if recipe not in PRESETS:
+            raise ValueError(f"Unknown recipe {recipe!r}; the presets are {', '.join(PRESETS)}.")
+        return PRESETS[recipe]
+    if isinstance(recipe, Mapping):
+        values = dict(recipe)
+        base = resolve_recipe(values.pop("preset", "row"))
+        known = {f.name for f in dataclasses.fields(Int8Recipe)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"Unknown recipe field(s) {', '.join(unknown)}; the fields are preset, {', '.join(sorted(known))}."
+            )
+        return dataclasses.replace(base, **values)
+    raise TypeError(
+        f"recipe={recipe!r} of type {type(recipe).__name__} must be a preset's name ({', '.join(PRESETS)}), an "
+        "Int8Recipe or a mapping of its fields."
+    )
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Int8Recipe.{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Int8Recipe.{name}={value!r} must be a number.")
+
+
+def _checked_band(name: str, value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
+        raise TypeError(f"Int8Recipe.{name}={value!r} must be a pair (lowest, highest), such as (0.1, 0.3).")
+    low, high = value
+    _check_number(name, low)
+    _check_number(name, high)
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(
+            f"Int8Recipe.{name}={tuple(value)} must satisfy 0 <= lowest <= highest <= 1, such as (0.1, 0.3); (0, 0) "
+            "turns fallback off."
+        )
+    return float(low), float(high)
