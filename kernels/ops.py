@@ -1,0 +1,233 @@
+"""The quantize and GEMM steps as opaque `torch.library` ops: what autograd, `torch.compile` and FLOP counters see.
+
+Each op has the signature of its reference (:mod:`lightning_int8.kernels.reference`) plus the name of the backend that
+runs it, a fake implementation for tracing, and, for GEMMs, a FLOP formula. Operands travel as plain tensors and sizes.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lightning_int8.kernels import backends
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward: a forward op there is activation checkpointing's second run."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _module(backend: str) -> ModuleType:
+    return backends.load(backend)
+
+
+@torch.library.custom_op("lightning_int8::quantize_row", mutates_args=("state",))
+def quantize_row(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    transpose: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing."""
+    update = update and not _in_backward()
+    return _module(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
+
+
+@quantize_row.register_fake
+def _(x, state, operand, seed_rate, capacity, block, update, transpose, backend):
+    rows, columns = x.shape
+    low = x.new_empty(rows, padded(columns, block), dtype=torch.int8)
+    low_t = x.new_empty((columns, padded(rows, block)) if transpose else (0,), dtype=torch.int8)
+    high = x.new_empty(capacity, block, block, dtype=torch.int8)
+    high_t = x.new_empty((capacity, block, block) if transpose else (0,), dtype=torch.int8)
+    slot = x.new_empty(blocks_along(rows, block), blocks_along(columns, block), dtype=torch.int32)
+    scale = x.new_empty(rows, dtype=torch.float32)
+    return low, low_t, high, high_t, slot, scale, torch.empty_like(scale)
+
+
+@torch.library.custom_op("lightning_int8::quantize_row_gradient", mutates_args=("state",))
+def quantize_row_gradient(
+    dy: Tensor,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_int_max: Tensor | None,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    stochastic: bool,
+    bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`."""
+    return _module(backend).quantize_row_gradient(
+        dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias
+    )
+
+
+@quantize_row_gradient.register_fake
+def _(
+    dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias, backend
+):
+    tokens, features = dy.shape
+    out = []
+    for fold, rows, columns in ((weight_scale, tokens, features), (input_scale, features, tokens)):
+        if fold is None:
+            out += [dy.new_empty(0, dtype=d) for d in (torch.int8, torch.int8, torch.int32, torch.float32)]
+            continue
+        out += [
+            dy.new_empty(rows, padded(columns, block), dtype=torch.int8),
+            dy.new_empty(capacity, block, block, dtype=torch.int8),
+            dy.new_empty(blocks_along(rows, block), blocks_along(columns, block), dtype=torch.int32),
+            dy.new_empty(rows, dtype=torch.float32),
+        ]
+    return (*out, dy.new_empty(features if bias else 0, dtype=torch.float32))
+
+
+@torch.library.custom_op("lightning_int8::quantize_block", mutates_args=("state",))
+def quantize_block(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    transpose: bool,
+    stochastic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""
+    update = update and not (operand == 0 and _in_backward())
+    return _module(backend).quantize_block(
+        x, state, operand, seed_rate, capacity, block, update, transpose, stochastic
+    )
+
+
+@quantize_block.register_fake
+def _(x, state, operand, seed_rate, capacity, block, update, transpose, stochastic, backend):
+    rows, columns = x.shape
+    blocks = blocks_along(rows, block), blocks_along(columns, block)
+    return (
+        x.new_empty(rows, padded(columns, block), dtype=torch.int8),
+        x.new_empty((columns, padded(rows, block)) if transpose else (0,), dtype=torch.int8),
+        x.new_empty(capacity, block, block, dtype=torch.int8),
+        x.new_empty((capacity, block, block) if transpose else (0,), dtype=torch.int8),
+        x.new_empty(blocks, dtype=torch.int32),
+        x.new_empty(blocks, dtype=torch.float32),
+    )
+
+
+def _gemm_fake(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, backend):
+    return a_low.new_empty(a_low.shape[0], b_low.shape[0], dtype=out_dtype)
+
+
+def _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block):
+    return (
+        QuantizedMatrix(a_low, a_high, a_slot, a_scale, (a_low.shape[0], depth), block),
+        QuantizedMatrix(b_low, b_high, b_slot, b_scale, (b_low.shape[0], depth), block),
+    )
+
+
+@torch.library.custom_op("lightning_int8::gemm_row", mutates_args=())
+def _gemm_row(
+    a_low: Tensor,
+    a_high: Tensor | None,
+    a_slot: Tensor | None,
+    a_scale: Tensor | None,
+    b_low: Tensor,
+    b_high: Tensor | None,
+    b_slot: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    depth: int,
+    block: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
+    return _module(backend).gemm_row(a, b, bias, out_dtype)
+
+
+@torch.library.custom_op("lightning_int8::gemm_block", mutates_args=())
+def _gemm_block(
+    a_low: Tensor,
+    a_high: Tensor | None,
+    a_slot: Tensor | None,
+    a_scale: Tensor | None,
+    b_low: Tensor,
+    b_high: Tensor | None,
+    b_slot: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    depth: int,
+    block: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
+    return _module(backend).gemm_block(a, b, bias, out_dtype)
+
+
+_gemm_row.register_fake(_gemm_fake)
+_gemm_block.register_fake(_gemm_fake)
+
+
+@register_flop_formula([torch.ops.lightning_int8.gemm_row, torch.ops.lightning_int8.gemm_block])
+def _gemm_flops(a_shape, a_high, a_slot, a_scale, b_shape, b_high, b_slot, b_scale, bias, depth, *args, **kwargs) -> int:
+    """Of the matrix product itself; fallback blocks repeat part of it but add nothing to the model's work."""
+    return 2 * a_shape[0] * b_shape[0] * depth
+
+
+def gemm_row(
+    a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+) -> Tensor:
+    """See :func:`lightning_int8.kernels.reference.gemm_row`."""
+    return _gemm_row(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
+
+
+def gemm_block(
+    a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+) -> Tensor:
+    """See :func:`lightning_int8.kernels.reference.gemm_block`."""
+    return _gemm_block(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
+
+
+def _flat(a: QuantizedMatrix) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return a.low, a.high, a.slot, a.scale
+
+
+@torch.library.custom_op("lightning_int8::split_outlier_columns", mutates_args=())
+def split_outlier_columns(x: Tensor, weight: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """LLM.int8()'s decomposition (arXiv 2208.07339): columns of X with outliers are multiplied in X's own dtype.
+
+    Finding the columns needs their number on the host, so this waits for the device.
+
+    Args:
+        x: float ``[M, K]``.
+        weight: float ``[N, K]``.
+        threshold: A column is an outlier when its AbsMax exceeds this.
+
+    Returns:
+        ``x`` with the outlier columns set to zero, and the outlier columns' share of the product, ``[M, N]`` in ``x``'s
+        dtype.
+    """
+    columns = (x.abs().amax(0) > threshold).nonzero().flatten()
+    plain = x.clone()
+    plain[:, columns] = 0
+    return plain, x[:, columns] @ weight[:, columns].to(x.dtype).t()
+
+
+@split_outlier_columns.register_fake
+def _(x, weight, threshold):
+    return torch.empty_like(x), x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,40 @@
+"""Stochastic rounding whose noise is a hash of the data: no generator state, so replays and resumed runs repeat it.
+
+The seed is the exclusive or of all block AbsMax values, as bit patterns. It differs from step to step and from rank to
+rank as the data does, and is the same whenever the same tensor is quantized again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    """32-bit integer hash (the "lowbias32" constants of C. Wellons' hash prospector), on int64 holding uint32."""
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _MASK
+    h = h ^ (h >> 15)
+    h = (h * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)
+
+
+def data_seed(block_amax: Tensor) -> int:
+    """Exclusive or of the float32 bit patterns of ``block_amax``, as an unsigned 32-bit number."""
+    bits = block_amax.contiguous().view(torch.int32).flatten().tolist()
+    seed = 0
+    for value in bits:
+        seed ^= value & _MASK
+    return seed
+
+
+def uniform(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1), float32 ``[rows, columns]``, a pure function of ``seed`` and the element's position.
+
+    ``u = mix(mix(low32(i) ^ seed) ^ high32(i)) >> 8``, times 2^-24, with ``i = row·columns + column``.
+    """
+    index = torch.arange(rows * columns, dtype=torch.int64, device=device)
+    h = _mix(_mix((index & _MASK) ^ seed) ^ (index >> 32))
+    return ((h >> 8).to(torch.float32) * 2.0**-24).view(rows, columns)

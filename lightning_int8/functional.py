@@ -1,0 +1,187 @@
+"""`int8_linear`: one `autograd.Function` with the three GEMMs of a linear layer side by side.
+
+    forward   Y  = X Wᵀ
+    dgrad     dX = dY W
+    wgrad     dW = dYᵀ X
+
+Each runs in INT8 when the recipe says so, otherwise in X's dtype. What is saved for the backward is X's transposed INT8
+planes and scales (or X itself when the wgrad is not INT8) and a reference to the weight; W is quantized again for the
+dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_int8.kernels import backends
+from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
+from lightning_int8.schemes import QuantizedInput, scheme_of
+from lightning_int8.threshold import FallbackState
+
+
+class _Int8Linear(torch.autograd.Function):
+    """X ``[M, K]``, W ``[N, K]``, bias ``[N]`` or ``None``; ``needs`` says which of dX, dW and db autograd wants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        update: bool,
+        recipe: Int8Recipe,
+        backend: str,
+        needs: tuple[bool, bool, bool],
+    ) -> Tensor:
+        scheme = scheme_of(recipe)
+        int8_wgrad = needs[1] and recipe.wgrad
+        saved: tuple[Tensor, ...] = (x,) if needs[1] and not recipe.wgrad else ()
+        quantized: QuantizedInput | None = None
+        if recipe.forward or int8_wgrad:
+            quantized = scheme.quantize_input(x, weight, state, update, int8_wgrad, backend)
+            saved = quantized.saved if int8_wgrad else saved
+        if recipe.forward and quantized is not None:
+            w = scheme.quantize_weight(weight, False, backend)
+            y = scheme.gemm(quantized.operand, w.operand, bias, x.dtype, backend)
+            if quantized.remainder is not None:
+                y = y + quantized.remainder
+        else:
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.save_for_backward(weight, state, *saved)
+        ctx.recipe, ctx.backend, ctx.needs = recipe, backend, needs
+        ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        weight, state, *saved = ctx.saved_tensors
+        recipe, backend = ctx.recipe, ctx.backend
+        needs_dx, needs_dw, needs_db = ctx.needs
+        scheme = scheme_of(recipe)
+        int8_dgrad, int8_wgrad = needs_dx and recipe.dgrad, needs_dw and recipe.wgrad
+        dx = dw = db = None
+        if int8_dgrad or int8_wgrad:
+            w = scheme.quantize_weight(weight, True, backend) if int8_dgrad else None
+            g = scheme.quantize_gradient(
+                dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, needs_db, backend
+            )
+            db = g.dbias
+            if w is not None and g.dgrad is not None:
+                dx = scheme.gemm(g.dgrad, w.operand, None, ctx.input_dtype, backend)
+            if g.wgrad is not None and g.input_transposed is not None:
+                dw = scheme.gemm(g.wgrad, g.input_transposed, None, weight.dtype, backend)
+        if needs_db and db is None:
+            db = dy.sum(0, dtype=torch.float32)
+        if needs_dx and dx is None:
+            dx = (dy @ weight.to(dy.dtype)).to(ctx.input_dtype)
+        if needs_dw and dw is None:
+            dw = (dy.t() @ saved[0]).to(weight.dtype)
+        return dx, dw, None if db is None else db.to(ctx.bias_dtype), None, None, None, None, None
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recipe: str | Int8Recipe | dict[str, Any] = "row",
+    state: FallbackState | None = None,
+    update_state: bool = True,
+) -> Tensor:
+    """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable.
+
+    Under autocast ``x`` is cast to the autocast dtype as ``F.linear`` would; the weight is quantized from its own dtype.
+    NaN and infinities come out as NaN at least wherever full precision would have NaN or an infinity: scales carry them,
+    so they also reach what shares the scale (the row, or the block). An empty batch gives an empty result.
+
+    Args:
+        x: float ``[..., K]`` (bf16, fp16, fp32 or fp64), any strides. fp64 is quantized from its fp32 value.
+        weight: float ``[N, K]``.
+        bias: float ``[N]``.
+        recipe: Preset name, :class:`Int8Recipe` or mapping of its fields.
+        state: The layer's delayed thresholds; made for the same recipe. ``None``: the blocks with the largest AbsMax of
+            each tensor at hand fall back, at the middle of the recipe's band.
+        update_state: Whether this call may seed thresholds and count blocks: true when training. Never under
+            ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
+
+    Returns:
+        ``[..., N]`` in ``x``'s dtype (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: A tensor is not floating-point, or the dtypes of ``x`` and ``weight`` differ outside autocast.
+        ValueError: Shapes do not fit, ``weight`` is empty, or ``state`` is of another recipe.
+        RuntimeError: Tensors are on different devices, or a forced backend cannot run there.
+    """
+    recipe = resolve_recipe(recipe)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+        autocast = True
+    else:
+        autocast = False
+    _check(x, weight, bias, recipe, state, autocast)
+    backend = backends.choose(recipe.backend, x.device)
+    grad = torch.is_grad_enabled()
+    needs = (grad and x.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
+    update = update_state and not torch.is_inference_mode_enabled()
+    tensor = state.on(x.device) if state is not None and state.operands else None
+    flat = x.reshape(-1, x.shape[-1])
+    # The wgrad contracts over tokens, and its INT32 bound holds up to this many; autograd sums the pieces.
+    pieces = flat.split(MAX_WGRAD_TOKENS) if flat.shape[0] > MAX_WGRAD_TOKENS else (flat,)
+    with torch.autocast(device_type, enabled=False):
+        if flat.shape[0] == 0:
+            y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        else:
+            outs = [
+                _Int8Linear.apply(piece, weight, bias, tensor, update, recipe, backend, needs) for piece in pieces
+            ]
+            y = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Int8Recipe, state: FallbackState | None, autocast: bool
+) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"int8_linear: {name} is {tensor.dtype}; it must be a real floating-point tensor (bfloat16, float16, "
+                f"float32 or float64). Convert it with {name}.to(torch.bfloat16)."
+            )
+        if tensor.device != x.device:
+            raise RuntimeError(f"int8_linear: {name} is on {tensor.device} but x is on {x.device}; move one of them.")
+    if x.ndim == 0:
+        raise ValueError("int8_linear: x is a scalar; it must be [..., K].")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"int8_linear: weight has shape {list(weight.shape)}; it must be [N, K] with N and K at least 1."
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"int8_linear: x {list(x.shape)} has {x.shape[-1]} features but weight {list(weight.shape)} takes "
+            f"K={weight.shape[1]}."
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"int8_linear: bias has shape {list(bias.shape)}; weight {list(weight.shape)} needs [N={weight.shape[0]}]."
+        )
+    if not autocast and x.dtype != weight.dtype:
+        raise TypeError(
+            f"int8_linear: x is {x.dtype} but weight is {weight.dtype}. Give both the same dtype, or run under "
+            "torch.autocast (the plugin's precision='bf16-mixed')."
+        )
+    if state is not None and state.recipe != recipe:
+        raise ValueError(
+            f"int8_linear: state was made for recipe {state.recipe.describe()} but recipe is {recipe.describe()}; make "
+            "the state with FallbackState(recipe)."
+        )

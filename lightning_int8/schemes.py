@@ -1,0 +1,234 @@
+"""What each scaling quantizes, and which operands its three GEMMs take. One small class a scaling, one interface.
+
+`int8_linear` asks a scheme for X's operands, W's operands and dY's operands, and multiplies pairs of them. What X's
+quantization must keep for the backward is a tuple of tensors, so that autograd can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_int8.kernels import ops
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity
+from lightning_int8.recipe import Int8Recipe
+
+
+class QuantizedInput(NamedTuple):
+    """X quantized for the forward GEMM, what to keep for the wgrad, and what the INT8 product leaves out."""
+
+    operand: QuantizedMatrix
+    saved: tuple[Tensor, ...]
+    remainder: Tensor | None = None
+
+
+class QuantizedWeight(NamedTuple):
+    """W for the forward GEMM, or Wᵀ for the dgrad with ``fold``, the scale that dY must absorb there (or ``None``)."""
+
+    operand: QuantizedMatrix
+    fold: Tensor | None = None
+
+
+class QuantizedGradient(NamedTuple):
+    """dY for the dgrad, dYᵀ for the wgrad with the Xᵀ it meets there, and the bias gradient."""
+
+    dgrad: QuantizedMatrix | None
+    wgrad: QuantizedMatrix | None
+    input_transposed: QuantizedMatrix | None
+    dbias: Tensor | None
+
+
+class Scheme(Protocol):
+    """One scaling. ``backend`` is the resolved one (see :mod:`lightning_int8.kernels.backends`)."""
+
+    def quantize_input(
+        self, x: Tensor, weight: Tensor, state: Tensor | None, update: bool, wgrad: bool, backend: str
+    ) -> QuantizedInput:
+        """X ``[M, K]``; ``wgrad``: the transposed planes will be needed."""
+        ...
+
+    def quantize_weight(self, weight: Tensor, transposed: bool, backend: str) -> QuantizedWeight:
+        """W ``[N, K]``: the operand of the forward, or with ``transposed`` of the dgrad."""
+        ...
+
+    def quantize_gradient(
+        self,
+        dy: Tensor,
+        weight: QuantizedWeight | None,
+        saved: tuple[Tensor, ...] | None,
+        size: tuple[int, int],
+        state: Tensor | None,
+        bias: bool,
+        backend: str,
+    ) -> QuantizedGradient:
+        """dY ``[M, N]``; ``weight`` and ``saved`` are ``None`` when the dgrad or wgrad is not wanted; X is ``size``."""
+        ...
+
+    def gemm(
+        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        """``a @ bᵀ + bias``."""
+        ...
+
+
+class _BlockFallback:
+    """What `row` and `block` share: blocks, bands and capacities."""
+
+    def __init__(self, recipe: Int8Recipe) -> None:
+        self.recipe = recipe
+        self.block = recipe.block_size
+
+    def _fallback(self, x: Tensor, band: tuple[float, float]) -> tuple[float, int]:
+        """The rate that seeds a threshold, and how many of ``x``'s blocks may fall back."""
+        blocks = blocks_along(x.shape[0], self.block) * blocks_along(x.shape[1], self.block)
+        return (band[0] + band[1]) / 2, fallback_capacity(blocks, band)
+
+    def _matrix(
+        self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
+    ) -> QuantizedMatrix:
+        if capacity == 0:
+            return QuantizedMatrix(low, None, None, scale, size, self.block)
+        return QuantizedMatrix(low, high, slot, scale, size, self.block)
+
+
+class RowScheme(_BlockFallback):
+    """One scale a row; the backward folds X's and W's scales into dY, so X and W are quantized once."""
+
+    def quantize_input(self, x, weight, state, update, wgrad, backend):
+        rate, capacity = self._fallback(x, self.recipe.activation_band)
+        low, low_t, high, high_t, slot, scale, int_max = ops.quantize_row(
+            x, state, 0, rate, capacity, self.block, update, wgrad, backend
+        )
+        operand = self._matrix(low, high, slot, scale, tuple(x.shape), capacity)
+        return QuantizedInput(operand, (low_t, high_t, slot, scale, int_max) if wgrad else ())
+
+    def quantize_weight(self, weight, transposed, backend):
+        low, low_t, _, _, _, scale, _ = ops.quantize_row(
+            weight, None, 0, 0.0, 0, self.block, False, transposed, backend
+        )
+        size = tuple(weight.shape)
+        if transposed:
+            return QuantizedWeight(QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
+        return QuantizedWeight(QuantizedMatrix(low, None, None, scale, size, self.block))
+
+    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+        weight_scale = None if weight is None else weight.fold
+        low_t = high_t = slot = input_scale = int_max = None
+        if saved is not None:
+            low_t, high_t, slot, input_scale, int_max = saved
+        a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
+            dy,
+            weight_scale,
+            input_scale,
+            int_max,
+            state,
+            rate,
+            capacity,
+            self.block,
+            state is not None,
+            self.recipe.stochastic_rounding,
+            bias,
+            backend,
+        )
+        dgrad = wgrad = input_transposed = None
+        if weight is not None:
+            dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
+        if saved is not None:
+            wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
+            input_capacity = high_t.shape[0]
+            input_transposed = self._matrix(low_t, high_t, slot.t().contiguous(), None, size[::-1], input_capacity)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
+
+    def gemm(self, a, b, bias, out_dtype, backend):
+        return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+
+class BlockScheme(_BlockFallback):
+    """One scale a square block, which transposes with it: dY is quantized once for both backward GEMMs."""
+
+    def _transposed(self, low_t, high_t, slot, scale, size):
+        return self._matrix(low_t, high_t, slot.t().contiguous(), scale.t().contiguous(), size[::-1], high_t.shape[0])
+
+    def quantize_input(self, x, weight, state, update, wgrad, backend):
+        rate, capacity = self._fallback(x, self.recipe.activation_band)
+        low, low_t, high, high_t, slot, scale = ops.quantize_block(
+            x, state, 0, rate, capacity, self.block, update, wgrad, False, backend
+        )
+        operand = self._matrix(low, high, slot, scale, tuple(x.shape), capacity)
+        return QuantizedInput(operand, (low_t, high_t, slot, scale) if wgrad else ())
+
+    def quantize_weight(self, weight, transposed, backend):
+        low, low_t, high, high_t, slot, scale = ops.quantize_block(
+            weight, None, 0, 0.0, 0, self.block, False, transposed, False, backend
+        )
+        size = tuple(weight.shape)
+        if transposed:
+            return QuantizedWeight(self._transposed(low_t, high_t, slot, scale, size))
+        return QuantizedWeight(self._matrix(low, high, slot, scale, size, 0))
+
+    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+        low, low_t, high, high_t, slot, scale = ops.quantize_block(
+            dy,
+            state,
+            1,
+            rate,
+            capacity,
+            self.block,
+            state is not None,
+            saved is not None,
+            self.recipe.stochastic_rounding,
+            backend,
+        )
+        wgrad = input_transposed = None
+        if saved is not None:
+            wgrad = self._transposed(low_t, high_t, slot, scale, tuple(dy.shape))
+            input_transposed = self._transposed(*saved, size)
+        dgrad = self._matrix(low, high, slot, scale, tuple(dy.shape), capacity)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, dy.sum(0, dtype=torch.float32) if bias else None)
+
+    def gemm(self, a, b, bias, out_dtype, backend):
+        return ops.gemm_block(a, b, bias, out_dtype, backend)
+
+
+class VectorScheme:
+    """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
+
+    def __init__(self, recipe: Int8Recipe) -> None:
+        self.recipe = recipe
+
+    def _quantize(self, x: Tensor, backend: str) -> QuantizedMatrix:
+        block = self.recipe.block_size
+        low, _, _, _, _, scale, _ = ops.quantize_row(x, None, 0, 0.0, 0, block, False, False, backend)
+        return QuantizedMatrix(low, None, None, scale, tuple(x.shape), block)
+
+    def quantize_input(self, x, weight, state, update, wgrad, backend):
+        saved = (x,) if wgrad else ()
+        if self.recipe.outlier_threshold is None:
+            return QuantizedInput(self._quantize(x, backend), saved)
+        plain, remainder = ops.split_outlier_columns(x, weight, self.recipe.outlier_threshold)
+        return QuantizedInput(self._quantize(plain, backend), saved, remainder)
+
+    def quantize_weight(self, weight, transposed, backend):
+        return QuantizedWeight(self._quantize(weight.t() if transposed else weight, backend))
+
+    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+        dgrad = None if weight is None else self._quantize(dy, backend)
+        wgrad = input_transposed = None
+        if saved is not None:
+            wgrad, input_transposed = self._quantize(dy.t(), backend), self._quantize(saved[0].t(), backend)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, dy.sum(0, dtype=torch.float32) if bias else None)
+
+    def gemm(self, a, b, bias, out_dtype, backend):
+        return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+
+_SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": VectorScheme}
+
+
+def scheme_of(recipe: Int8Recipe) -> Scheme:
+    """The scheme that carries out ``recipe``."""
+    return _SCHEMES[recipe.scaling](recipe)
