@@ -1,0 +1,135 @@
+"""The LightningModule that trains the decoder: AdamW with warm-up and cosine, loss and perplexity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+
+from examples.llama import Llama, LlamaConfig
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in two groups: matrices of linears with weight decay, norms, biases and embeddings without."""
+    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    kept = {id(p) for p in decayed}
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float) -> float:
+    """Factor of the learning rate at ``step``: linear up over ``warmup_steps``, then a cosine down to ``floor``."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class LlamaModule(L.LightningModule):
+    """Trains a :class:`Llama` on batches of token ids ``[batch, length + 1]`` to predict each next token.
+
+    Args:
+        config: The decoder's shape.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of the linears' matrices; norms and embeddings have none.
+        betas: AdamW's momentum coefficients.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        min_learning_rate_fraction: Where the cosine ends, as a fraction of ``learning_rate``.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 20,
+        min_learning_rate_fraction: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if isinstance(config, Mapping):
+            config = LlamaConfig(**config)
+        if not learning_rate > 0:
+            raise ValueError(f"LlamaModule: learning_rate={learning_rate!r} must be above 0, such as 1e-3.")
+        if warmup_steps < 0:
+            raise ValueError(f"LlamaModule: warmup_steps={warmup_steps!r} must be at least 0.")
+        self.config = config
+        # Plain types, so that a checkpoint needs no class of this file to be read.
+        self.save_hyperparameters(
+            {
+                "config": dataclasses.asdict(config),
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "warmup_steps": warmup_steps,
+                "min_learning_rate_fraction": min_learning_rate_fraction,
+            }
+        )
+        self.model = Llama(config)
+        self.val_perplexity = Perplexity()
+        self.test_perplexity = Perplexity()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows; a DataModule checks its tokenizer against it."""
+        return self.config.vocab_size
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after each position of ``tokens``."""
+        return self.model(tokens)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Cross entropy of the next tokens."""
+        loss, _ = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs ``val_loss`` and ``val_perplexity``."""
+        self._evaluate(batch, "val", self.val_perplexity)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs ``test_loss`` and ``test_perplexity``."""
+        self._evaluate(batch, "test", self.test_perplexity)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The likeliest next token after each position, ``[batch, length]``."""
+        return self(batch[:, :-1]).argmax(-1)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **kwargs: Any) -> Tensor:
+        """Continues a prompt; see :meth:`Llama.generate`."""
+        return self.model.generate(tokens, max_new_tokens, **kwargs)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with linear warm-up and cosine decay over the Trainer's steps."""
+        hparams = self.hparams
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self, hparams["weight_decay"]), lr=hparams["learning_rate"], betas=tuple(hparams["betas"])
+        )
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        warmup_steps, floor = hparams["warmup_steps"], hparams["min_learning_rate_fraction"]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps, floor)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self(batch[:, :-1]).float()
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), logits
+
+    def _evaluate(self, batch: Tensor, stage: str, perplexity: Perplexity) -> None:
+        loss, logits = self._loss(batch)
+        perplexity(logits, batch[:, 1:])
+        self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        self.log(f"{stage}_perplexity", perplexity)
