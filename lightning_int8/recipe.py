@@ -15,6 +15,30 @@ Scaling = Literal["row", "block", "vector"]
 Backend = Literal["auto", "reference", "triton"]
 
 
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Int8Recipe.{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Int8Recipe.{name}={value!r} must be a number.")
+
+
+def _checked_band(name: str, value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
+        raise TypeError(f"Int8Recipe.{name}={value!r} must be a pair (lowest, highest), such as (0.1, 0.3).")
+    low, high = value
+    _check_number(name, low)
+    _check_number(name, high)
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(
+            f"Int8Recipe.{name}={tuple(value)} must satisfy 0 <= lowest <= highest <= 1, such as (0.1, 0.3); (0, 0) "
+            "turns fallback off."
+        )
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Int8Recipe:
     """How one linear layer's three GEMMs are quantized.
@@ -155,27 +179,3 @@ def resolve_recipe(recipe: str | Int8Recipe | Mapping[str, Any]) -> Int8Recipe:
         f"recipe={recipe!r} of type {type(recipe).__name__} must be a preset's name ({', '.join(PRESETS)}), an "
         "Int8Recipe or a mapping of its fields."
     )
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"Int8Recipe.{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Int8Recipe.{name}={value!r} must be a number.")
-
-
-def _checked_band(name: str, value: Any) -> tuple[float, float]:
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
-        raise TypeError(f"Int8Recipe.{name}={value!r} must be a pair (lowest, highest), such as (0.1, 0.3).")
-    low, high = value
-    _check_number(name, low)
-    _check_number(name, high)
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(
-            f"Int8Recipe.{name}={tuple(value)} must satisfy 0 <= lowest <= highest <= 1, such as (0.1, 0.3); (0, 0) "
-            "turns fallback off."
-        )
-    return float(low), float(high)
