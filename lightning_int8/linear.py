@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_int8.functional import int8_linear
@@ -26,10 +27,26 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def swap(cls, linear: nn.Linear, recipe: Int8Recipe) -> Int8Linear:
-        """Turns ``linear`` itself into an ``Int8Linear`` with ``recipe`` and fresh thresholds, and returns it."""
-        linear.__class__ = cls
+        """Turns ``linear`` itself into an ``Int8Linear`` with ``recipe`` and fresh thresholds, and returns it.
+
+        Args:
+            linear: An exact ``nn.Linear``, also one that FSDP2's ``fully_shard`` has been applied to.
+            recipe: How to quantize it.
+
+        Raises:
+            TypeError: ``linear`` is of another class.
+        """
+        if not is_plain_linear(linear):
+            raise TypeError(
+                f"Int8Linear.swap takes an exact nn.Linear, not {type(linear).__qualname__}, whose own forward would "
+                "be lost."
+            )
+        linear.__class__ = cls if type(linear) is nn.Linear else _sharded_class(type(linear), cls)
         linear.int8_recipe = recipe
         linear.int8_state = FallbackState(recipe)
+        # Made now rather than in the first forward, which torch.compile would otherwise have to trace twice.
+        if linear.int8_state.operands and linear.weight.device.type != "meta":
+            linear.int8_state.on(linear.weight.device)
         return linear  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,3 +61,30 @@ class Int8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8={self.int8_recipe.describe()}"
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an exact ``nn.Linear``, or the class that FSDP2's ``fully_shard`` makes of one."""
+    cls = type(module)
+    return cls is nn.Linear or (_is_fsdp2_class(cls) and cls.__bases__[-1] is nn.Linear)
+
+
+def _is_fsdp2_class(cls: type) -> bool:
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return issubclass(cls, FSDPModule) and len(cls.__bases__) > 1
+
+
+_SHARDED_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _sharded_class(cls: type, new: type) -> type:
+    """``cls``, which ``fully_shard`` made on the fly from ``nn.Linear``, made anew from ``new``."""
+    key = (cls, new)
+    if key not in _SHARDED_CLASSES:
+        own = {name: value for name, value in vars(cls).items() if name == "__deepcopy__"}
+        prefix = cls.__name__.removesuffix(cls.__bases__[-1].__name__)
+        _SHARDED_CLASSES[key] = type(f"{prefix}{new.__name__}", (*cls.__bases__[:-1], new), own)
+    return _SHARDED_CLASSES[key]

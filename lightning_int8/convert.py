@@ -1,0 +1,249 @@
+"""Which linear layers compute in INT8: finds them by name, swaps their class in place, and reports what it did.
+
+Nothing is replaced, added or moved: an ``nn.Linear`` becomes an :class:`~lightning_int8.linear.Int8Linear` by changing
+its class, so parameters, optimizers, tied weights, hooks, wrappers and checkpoints stay valid.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_int8.kernels import backends
+from lightning_int8.linear import Int8Linear, is_plain_linear
+from lightning_int8.names import matches, near, strip_wrappers
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
+from lightning_int8.report import ConversionReport, LayerReport, Status
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def convert_to_int8(
+    module: nn.Module,
+    recipe: str | Int8Recipe | Mapping[str, Any] = "row",
+    ignore_modules: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Makes the ``nn.Linear`` layers of ``module`` compute in INT8, in place.
+
+    Call it as often as you like: layers converted before are reported and keep their thresholds. After each optimizer
+    step call :func:`lightning_int8.update_thresholds`; the Lightning and Fabric plugins do both by themselves.
+
+    Args:
+        module: Any module, on any device (also ``meta``), before or after optimizers, DDP, FSDP2 or ``torch.compile``.
+        recipe: A preset's name, an :class:`Int8Recipe`, or a mapping of its fields.
+        ignore_modules: Patterns of layers to leave in full precision. A pattern is a glob over whole dotted segments of
+            a layer's or a parent's name, and may start anywhere in it: ``"lm_head"``, ``"layers.0"`` (not
+            ``layers.01``), ``"layers.*.mlp"``, ``"*.router"``.
+
+    Returns:
+        What was converted, what was not, and why.
+
+    Raises:
+        TypeError: ``module`` is not a module, or ``ignore_modules`` not a list of strings.
+        ValueError: A pattern matches nothing; nothing was left to convert; or a layer was converted earlier with
+            another recipe or is now to be ignored.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"convert_to_int8 takes a torch.nn.Module, not {type(module).__name__}; pass the model itself, not its "
+            "class, parameters or state_dict."
+        )
+    recipe = resolve_recipe(recipe)
+    patterns = _checked_patterns(ignore_modules)
+    names = _names_by_module(module)
+    _check_patterns_match(patterns, [name for group in names.values() for name in group])
+
+    tied = _names_by_parameter(module)
+    rows: list[LayerReport] = []
+    to_convert: list[nn.Linear] = []
+    for child, aliases in names.items():
+        row = _report(child, aliases, recipe, patterns, tied)
+        if row is None:
+            continue
+        rows.append(row)
+        if row.status == "converted":
+            to_convert.append(child)  # type: ignore[arg-type]
+    report = ConversionReport(recipe.describe(), tuple(rows))
+    if not report.converted:
+        raise ValueError(_nothing_converted(module, rows))
+    # Only now, so that an error leaves the module as it was.
+    for linear in to_convert:
+        Int8Linear.swap(linear, recipe)
+    if to_convert:
+        _warn_of_bypasses(names, patterns)
+    return report
+
+
+def _checked_patterns(ignore_modules: Sequence[str] | None) -> tuple[str, ...]:
+    if ignore_modules is None:
+        return ()
+    if isinstance(ignore_modules, str) or not isinstance(ignore_modules, Iterable):
+        raise TypeError(
+            f"ignore_modules={ignore_modules!r} must be a list of patterns, such as [{str(ignore_modules)!r}]."
+        )
+    patterns = tuple(ignore_modules)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"ignore_modules={list(patterns)!r}: {pattern!r} must be a non-empty string.")
+    return patterns
+
+
+def _names_by_module(module: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all its names, in module order; a module registered twice has several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        stripped = strip_wrappers(name)
+        known = names.setdefault(child, [])
+        if stripped not in known:
+            known.append(stripped)
+    return names
+
+
+def _names_by_parameter(module: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(strip_wrappers(name))
+    return names
+
+
+def _check_patterns_match(patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if any(name and matches(pattern, name) for name in names):
+            continue
+        close = near(pattern, [name for name in names if name])
+        hint = f"Names like it: {', '.join(close)}." if close else "Print model.named_modules() to see the names."
+        raise ValueError(
+            f"ignore_modules: the pattern {pattern!r} matches no module. {hint} Patterns match whole dotted segments, "
+            "anywhere in a name."
+        )
+
+
+def _report(
+    module: nn.Module,
+    aliases: Sequence[str],
+    recipe: Int8Recipe,
+    patterns: Sequence[str],
+    tied: Mapping[int, list[str]],
+) -> LayerReport | None:
+    """The entry of ``module``, or ``None`` if it is nothing like a linear layer."""
+    if not isinstance(module, nn.Linear) and not _looks_linear(module):
+        return None
+    name = aliases[0]
+    own_weights = {f"{alias}.weight" if alias else "weight" for alias in aliases}
+    weight = module._parameters.get("weight")
+    shared = (*aliases[1:], *(n for n in tied.get(id(weight), ()) if weight is not None and n not in own_weights))
+    ignored_by = next((p for p in patterns if any(alias and matches(p, alias) for alias in aliases)), None)
+
+    status: Status
+    if isinstance(module, Int8Linear):
+        if ignored_by is not None:
+            raise ValueError(
+                f"{name!r} was converted earlier, and the pattern {ignored_by!r} of ignore_modules now names it. "
+                "Conversion cannot be undone in place: build the model anew, or use the same ignore_modules as before."
+            )
+        if module.int8_recipe != recipe:
+            raise ValueError(
+                f"{name!r} was converted earlier with recipe {_describe(module.int8_recipe)}, and now "
+                f"{_describe(recipe)} is asked for. Build the model anew to change the recipe, or convert each part of "
+                "it once: convert_to_int8(model.layers, 'row'), convert_to_int8(model.head, 'block')."
+            )
+        status, reason = "already converted", ""
+    elif ignored_by is not None:
+        status, reason = "ignored", f"ignored by {ignored_by!r}"
+    else:
+        reason = _why_not(module)
+        status = "skipped" if reason else "converted"
+    runs = status in ("converted", "already converted")
+    return LayerReport(
+        name=name,
+        in_features=getattr(module, "in_features", None),
+        out_features=getattr(module, "out_features", None),
+        shared=shared,
+        status=status,
+        reason=reason,
+        backend=_backend(recipe, module) if runs else "",
+    )
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why ``module`` cannot be converted; empty if it can."""
+    cls = type(module)
+    if not isinstance(module, nn.Linear):
+        return f"not an nn.Linear ({cls.__module__}.{cls.__qualname__})"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, nn.LazyLinear):
+        return "nn.LazyLinear without a shape yet: run one batch through the model first"
+    if not is_plain_linear(module):
+        return f"a subclass of nn.Linear ({cls.__qualname__}), whose own forward would be lost"
+    if module.in_features == 0 or module.out_features == 0:
+        return f"empty ({module.in_features} → {module.out_features})"
+    if module.weight.dtype not in _WEIGHT_DTYPES:
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not a real floating-point type"
+    return ""
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    """Whether something that is not an ``nn.Linear`` does its work: transformers' Conv1D, a library's own linear."""
+    name = type(module).__name__
+    weight = getattr(module, "weight", None)
+    return (name == "Conv1D" or "Linear" in name) and isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
+def _describe(recipe: Int8Recipe) -> str:
+    backend = "" if recipe.backend == "auto" else f" with backend {recipe.backend!r}"
+    return f"{recipe.describe()!r}{backend}"
+
+
+def _backend(recipe: Int8Recipe, module: nn.Module) -> str:
+    """The kernels for ``module`` where it is now; a model still on the CPU may be on its way to a GPU."""
+    device = module.weight.device  # type: ignore[union-attr]
+    if recipe.backend != "auto":
+        return recipe.backend
+    return "auto" if device.type == "meta" else backends.choose("auto", device)  # type: ignore[arg-type]
+
+
+def _nothing_converted(module: nn.Module, rows: Sequence[LayerReport]) -> str:
+    head = f"Nothing to convert to INT8 in {type(module).__qualname__}: "
+    if not rows:
+        return head + (
+            "it has no nn.Linear layer. Layers made in setup() or configure_model() must exist before the conversion."
+        )
+    shown = "; ".join(f"{row.name or 'the module itself'}: {row.reason}" for row in rows[:5])
+    more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return head + (
+        f"none of its {len(rows)} linear layers qualifies ({shown}{more}). Narrow ignore_modules, or "
+        "train without INT8."
+    )
+
+
+def _warn_of_bypasses(names: Mapping[nn.Module, Sequence[str]], patterns: Sequence[str]) -> None:
+    def found(cls: type) -> Iterator[str]:
+        for child, aliases in names.items():
+            if isinstance(child, cls) and not any(a and matches(p, a) for a in aliases for p in patterns):
+                yield aliases[0] or "the module itself"
+
+    attention = list(found(nn.MultiheadAttention))
+    if attention:
+        warnings.warn(
+            f"{_some(attention)}: nn.MultiheadAttention computes its projections without calling its layers, so they "
+            "stay in full precision. To run them in INT8 write them as nn.Linear around "
+            "F.scaled_dot_product_attention.",
+            stacklevel=3,
+        )
+    encoders = list(found(nn.TransformerEncoderLayer))
+    if encoders:
+        warnings.warn(
+            f"{_some(encoders)}: nn.TransformerEncoderLayer has a fast path in eval mode that reads weights without "
+            "calling the layers: it evaluates in full precision what trained in INT8. Turn it off with "
+            "torch.backends.mha.set_fastpath_enabled(False).",
+            stacklevel=3,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
