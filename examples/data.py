@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -195,8 +194,13 @@ class TextDataModule(L.LightningDataModule):
             raise RuntimeError("TextDataModule has no tokenizer yet; call setup() first.")
         return self.cache.tokenizer
 
-    def train_dataloader(self) -> TokenStream:
-        """Shuffled batches of the training text, resumable at any batch."""
+    def train_dataloader(self, rank: int | None = None, world_size: int | None = None) -> TokenStream:
+        """Shuffled batches of the training text, resumable at any batch.
+
+        Args:
+            rank: This process' index; the Trainer's where there is one, else 0.
+            world_size: Number of processes; the Trainer's where there is one, else 1.
+        """
         assert self.cache is not None
         trainer = self.trainer
         return TokenStream(
@@ -204,8 +208,8 @@ class TextDataModule(L.LightningDataModule):
             self.sequence_length,
             self.batch_size,
             seed=self.seed,
-            rank=trainer.global_rank if trainer is not None else 0,
-            world_size=trainer.world_size if trainer is not None else 1,
+            rank=rank if rank is not None else (trainer.global_rank if trainer is not None else 0),
+            world_size=world_size if world_size is not None else (trainer.world_size if trainer is not None else 1),
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -223,7 +227,3 @@ class TextDataModule(L.LightningDataModule):
 
     def _build(self) -> TokenCache:
         return TokenCache.build(read_text(self.path), self.vocab_size, self.val_fraction, self.cache_dir)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the training stream saves its own position."""
-        return {}

@@ -17,9 +17,9 @@ class LlamaConfig:
 
     Args:
         vocab_size: Number of token ids; at least the tokenizer's.
-        dim: Width of the residual stream; a multiple of ``n_heads``.
+        dim: Width of the residual stream; a multiple of twice ``n_heads``.
         n_layers: Number of decoder layers.
-        n_heads: Number of query heads; ``dim / n_heads`` must be even (RoPE rotates pairs).
+        n_heads: Number of query heads; RoPE rotates pairs of a head's channels, so their number is even.
         n_kv_heads: Number of key/value heads; divides ``n_heads`` (equal: multi-head, 1: multi-query attention).
         ffn_dim: Width of the SwiGLU layer.
         max_seq_len: Longest sequence in tokens.
@@ -52,10 +52,11 @@ class LlamaConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"LlamaConfig.{name}={getattr(self, name)!r} must be above 0.")
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+        pair = 2 * self.n_heads
+        if self.dim % pair:
             raise ValueError(
-                f"LlamaConfig.dim={self.dim} must be an even multiple of n_heads={self.n_heads}, because RoPE rotates "
-                f"pairs of a head's channels; the nearest is {max(1, self.dim // (2 * self.n_heads)) * 2 * self.n_heads}."
+                f"LlamaConfig.dim={self.dim} must be a multiple of 2 * n_heads={pair}, because RoPE rotates pairs of a "
+                f"head's channels; the nearest is {max(1, round(self.dim / pair)) * pair}."
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(

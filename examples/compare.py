@@ -1,0 +1,222 @@
+"""Trains one config twice, in full precision and through the INT8 plugin, on the same seed and batches, and compares.
+
+    python -m examples.compare --recipe row
+
+Everything lands in `runs/<time>-<recipe>/`; `runs/latest` points there once the run is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+
+from examples.data import TextDataModule
+from examples.model import LlamaModule
+from examples.recorder import Curve, Recorder
+from examples.report import print_table, write_curves, write_metrics, write_summary
+from lightning_int8 import PRESETS, FallbackInt8Precision, FallbackRateMonitor
+
+CONFIGS = Path(__file__).parent / "configs"
+# A config meant for a long training is cut to this, so that the comparison stays a matter of minutes.
+MAX_DEFAULT_STEPS = 300
+FULL_PRECISION, INT8 = "full_precision", "int8"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", default="row", choices=list(PRESETS), help="preset of the INT8 run (%(default)s)")
+    parser.add_argument("--config", type=Path, help="YAML config; default: tiny.yaml, with a GPU 125m.yaml")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps; default: the config's, at most {MAX_DEFAULT_STEPS}"
+    )
+    parser.add_argument("--batch-size", type=int, help="sequences in a batch; default: the config's")
+    parser.add_argument("--val-batches", type=int, help="held-out batches an evaluation takes; default: the config's")
+    parser.add_argument("--precision", help="precision of both runs; default: the config's, on a CPU 32-true")
+    parser.add_argument("--text", help="text file or folder; default: the config's (Python's standard library)")
+    parser.add_argument("--cache-dir", help="where tokenizer and tokens are kept; default: the config's")
+    parser.add_argument("--seed", type=int, help="seed of weights and batches; default: the config's")
+    parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
+    arguments = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "val_batches"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}={value} must be at least 1.")
+    on_gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
+    arguments.accelerator = "gpu" if on_gpu else arguments.accelerator
+    arguments.config = arguments.config or CONFIGS / ("125m.yaml" if on_gpu else "tiny.yaml")
+    if not arguments.config.is_file():
+        parser.error(
+            f"--config={arguments.config} does not exist; ours are {', '.join(map(str, CONFIGS.glob('*.yaml')))}."
+        )
+    arguments.command = shlex.join(["python", "-m", "examples.compare", *(sys.argv[1:] if argv is None else argv)])
+    return arguments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both runs share."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    steps: int
+    val_batches: int
+    seed: int
+    precision: str
+    ignore_modules: list[str] | None
+    gradient_clip_val: float | None
+    accelerator: str
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Plan:
+        """Reads the config and lets the command line override it."""
+        config = yaml.safe_load(arguments.config.read_text())
+        trainer, plugin = config["trainer"], config["trainer"]["plugins"]["init_args"]
+        model, data = dict(config["model"]["init_args"]), dict(config["data"]["init_args"])
+        steps = arguments.steps or min(trainer["max_steps"], MAX_DEFAULT_STEPS)
+        model["warmup_steps"] = min(model.get("warmup_steps", 20), max(1, steps // 6))
+        seed = config.get("seed_everything", 0) if arguments.seed is None else arguments.seed
+        data |= {
+            key: value
+            for key, value in (
+                ("path", arguments.text),
+                ("batch_size", arguments.batch_size),
+                ("cache_dir", arguments.cache_dir),
+                ("seed", seed),
+            )
+            if value is not None
+        }
+        on_cpu = arguments.accelerator == "cpu" or not torch.cuda.is_available()
+        return cls(
+            model=model,
+            data=data,
+            steps=steps,
+            val_batches=arguments.val_batches or trainer.get("limit_val_batches", 16),
+            seed=seed,
+            precision=arguments.precision or ("32-true" if on_cpu else plugin["precision"]),
+            ignore_modules=plugin.get("ignore_modules"),
+            gradient_clip_val=trainer.get("gradient_clip_val"),
+            accelerator="cpu" if on_cpu else "gpu",
+        )
+
+
+def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curve, LlamaModule, TextDataModule]:
+    """One run; ``recipe=None`` is full precision."""
+    L.seed_everything(plan.seed, verbose=False)
+    module, data, recorder = LlamaModule(**plan.model), TextDataModule(**plan.data), Recorder()
+    callbacks: list[Callback] = [
+        recorder,
+        RichProgressBar(refresh_rate=5),
+        ModelCheckpoint(
+            dirpath=folder / name / "checkpoints",
+            filename="last",
+            every_n_train_steps=max(1, plan.steps // 3),
+            enable_version_counter=False,
+        ),
+    ]
+    if recipe is None:
+        precision: dict[str, Any] = {"precision": plan.precision}
+    else:
+        plugin = FallbackInt8Precision(recipe=recipe, precision=plan.precision, ignore_modules=plan.ignore_modules)
+        precision = {"plugins": plugin}
+        if PRESETS[recipe].activation_band != (0.0, 0.0):
+            callbacks.append(FallbackRateMonitor(every_n_steps=max(1, plan.steps // 60), dirpath=folder))
+    trainer = L.Trainer(
+        accelerator=plan.accelerator,
+        devices=1,
+        max_steps=plan.steps,
+        val_check_interval=-(-plan.steps // 3),
+        check_val_every_n_epoch=None,
+        limit_val_batches=plan.val_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        gradient_clip_val=plan.gradient_clip_val,
+        logger=CSVLogger(folder, name=name, version=""),
+        callbacks=callbacks,
+        enable_model_summary=False,
+        **precision,
+    )
+    trainer.fit(module, datamodule=data)
+    if plan.steps not in recorder.curve.val_loss:
+        trainer.validate(module, datamodule=data, verbose=False)
+    return recorder.curve, module, data
+
+
+def sample_text(module: LlamaModule, data: TextDataModule, seed: int, prompt: str = "def ", length: int = 96) -> str:
+    """A prompt continued by the model."""
+    device = module.device
+    tokens = torch.tensor([data.tokenizer.encode(prompt).ids], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return data.tokenizer.decode(module.generate(tokens, length, generator=generator)[0].tolist())
+
+
+def point_latest(output: Path, run: Path) -> None:
+    """Makes ``output/latest`` a link to ``run`` in one step, so that it points at a complete run at every moment."""
+    link = output / f".latest-{uuid.uuid4().hex}"
+    link.symlink_to(run.name, target_is_directory=True)
+    os.replace(link, output / "latest")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Runs the comparison and returns its folder."""
+    arguments = parse_arguments(argv)
+    plan = Plan.of(arguments)
+    console = Console()
+    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+
+    started = time.time()
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{arguments.recipe}"
+    folder = arguments.output / name
+    while folder.exists():
+        folder = arguments.output / f"{name}-{uuid.uuid4().hex[:4]}"
+    folder.mkdir(parents=True)
+    console.print(
+        f"[bold]{arguments.config.stem}[/], {plan.steps} steps, precision {plan.precision}, {plan.accelerator}"
+    )
+    with console.status("Reading the text, training the tokenizer (cached after the first time) …"):
+        TextDataModule(**plan.data).prepare_data()
+
+    console.print("[bold]1/2[/] full precision")
+    full, _, _ = train(FULL_PRECISION, plan, folder, None)
+    console.print(f"[bold]2/2[/] INT8, recipe {arguments.recipe}")
+    int8, module, data = train(INT8, plan, folder, arguments.recipe)
+
+    curves = {FULL_PRECISION: full, INT8: int8}
+    text = sample_text(module, data, plan.seed)
+    (folder / "sample.txt").write_text(text + "\n")
+    write_metrics(folder / "metrics.csv", curves)
+    write_curves(folder / "curves.png", curves, arguments.recipe)
+    seconds = time.time() - started
+    summary = write_summary(folder / "summary.json", curves, plan, arguments, seconds)
+    point_latest(arguments.output, folder)
+
+    console.rule("sample of the INT8 model")
+    console.print(text, markup=False, highlight=False)
+    print_table(console, summary)
+    console.print(f"{folder} ({seconds:.0f} s), also {arguments.output / 'latest'}:")
+    console.print("  " + "  ".join(sorted(path.name for path in folder.iterdir())), highlight=False)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
