@@ -2,7 +2,8 @@
 
 A block falls back when its AbsMax exceeds the layer's threshold θ for that operand. θ is *delayed*: the quantize
 kernels only count how many blocks exceeded it, and after the optimizer step it moves by a constant factor when the
-measured rate left its band (arXiv 2503.08040, section 4). So no step waits for a statistic, and no host synchronisation is needed.
+measured rate left its band (arXiv 2503.08040, section 4). So no step waits for a statistic, and no host synchronisation
+is needed.
 """
 
 from __future__ import annotations
