@@ -18,7 +18,7 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
     """Trains with INT8 GEMMs and block fallback: ``Fabric(plugins=FabricFallbackInt8Precision())``.
 
     ``fabric.setup`` converts the model in place, so optimizers may exist already; each step of an optimizer that Fabric
-    has set up moves the thresholds. Fabric saves what it is given: to resume exactly, name the plugin beside the model::
+    has set up moves the thresholds. Fabric saves what it is given: to resume exactly, name the plugin beside the rest::
 
         plugin = FabricFallbackInt8Precision()
         fabric = Fabric(plugins=plugin)

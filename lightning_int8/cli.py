@@ -1,0 +1,32 @@
+"""`lightning-int8 fit|validate|test|predict`: a LightningCLI for your own model and data, or this project's.
+
+    lightning-int8 fit --config config.yaml
+    lightning-int8 fit --trainer.plugins.help=lightning_int8.FallbackInt8Precision
+
+Model and data are named by `class_path`, also in modules of the current folder. Configs may use `${...}` interpolation.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningCLI
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; ``args`` are the process's when ``None``."""
+    # As `python -m` does: a console script otherwise sees only installed packages.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    LightningCLI(
+        parser_kwargs={"parser_mode": "omegaconf"},
+        # The config beside the logs is of the latest run, also when a run is started again in its folder.
+        save_config_kwargs={"overwrite": True},
+        args=None if args is None else list(args),
+    )
+
+
+if __name__ == "__main__":
+    main()
