@@ -159,7 +159,7 @@ def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curv
     return recorder.curve, module, data
 
 
-def sample_text(module: LlamaModule, data: TextDataModule, seed: int, prompt: str = "def ", length: int = 96) -> str:
+def sample_text(module: LlamaModule, data: TextDataModule, seed: int, prompt: str = "def", length: int = 96) -> str:
     """A prompt continued by the model."""
     device = module.device
     tokens = torch.tensor([data.tokenizer.encode(prompt).ids], device=device)

@@ -6,7 +6,6 @@ import argparse
 import csv
 import importlib.metadata
 import json
-import math
 import os
 import platform
 from pathlib import Path
@@ -101,9 +100,9 @@ def write_summary(
 def print_table(console: Console, summary: dict[str, Any]) -> None:
     """Prints the two runs side by side."""
     table = Table(title=f"{summary['config']}, {summary['steps']} steps, {summary['device']}")
-    columns = ("", "train loss", "held-out loss", "perplexity", "gap", "fallback rate", "tokens/s")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
+    # Narrow enough for a terminal of 80 columns.
+    for column in ("", "train loss", "held-out", "gap", "fallback", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name in ("full_precision", "int8"):
         run, is_int8 = summary[name], name == "int8"
         rate = summary["fallback_rate"] if is_int8 else None
@@ -111,7 +110,6 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
             LABELS[name] + (f" ({summary['recipe']})" if is_int8 else ""),
             f"{run['train_loss']:.4f}",
             f"{run['val_loss']:.4f}",
-            f"{math.exp(min(run['val_loss'], 50)):.2f}",
             f"{summary['gap_percent']:+.3f} %" if is_int8 else "",
             "–" if rate is None else f"{rate:.3f}",
             f"{run['tokens_per_second']:,.0f}",

@@ -1,0 +1,151 @@
+"""The comparison behind `make train`, on a model small enough to take seconds, with every recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from examples import compare
+from examples.llama import LlamaConfig
+from examples.model import LlamaModule
+from examples.recorder import Curve
+from lightning_int8 import PRESETS
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("compare")
+    choose = random.Random(0)
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(choose.choices("abcdefghij", k=12)) for _ in range(600)))
+    config = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    config["model"]["init_args"]["config"] = {
+        "vocab_size": 300, "dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96, "max_seq_len": 32,
+    }  # fmt: skip
+    config["data"]["init_args"] = {"sequence_length": 32, "batch_size": 8, "vocab_size": 300, "val_fraction": 0.1}
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return folder, [
+        "--config", str(file), "--text", str(text), "--cache-dir", str(folder / "cache"), "--accelerator", "cpu",
+        "--steps", str(STEPS), "--val-batches", "2", "--output", str(folder / "runs"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", list(PRESETS))
+def test_every_recipe_trains_and_leaves_its_files(setting, recipe: str, capsys) -> None:
+    folder, arguments = setting
+    run = compare.main([*arguments, "--recipe", recipe])
+    assert (folder / "runs" / "latest").resolve() == run.resolve()
+    printed = capsys.readouterr().out
+    assert f"INT8 ({recipe})" in printed
+    assert "full precision" in printed
+
+    summary = json.loads((run / "summary.json").read_text())
+    full, int8 = summary["full_precision"], summary["int8"]
+    assert summary["recipe"] == recipe
+    assert summary["steps"] == STEPS
+    assert recipe in summary["command"]
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["gap_percent"] == pytest.approx(100 * (int8["val_loss"] / full["val_loss"] - 1), abs=1e-9)
+    assert abs(summary["gap_percent"]) < 1.0
+    assert full["val_loss"] < math.log(300)
+    has_fallback = PRESETS[recipe].activation_band != (0.0, 0.0)
+    assert (summary["fallback_rate"] is not None) == has_fallback
+    if has_fallback:
+        assert 0.0 <= summary["fallback_rate"] <= 1.0
+
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    # The same weights and the same batch: only quantization separates the first losses, and it does.
+    first_full, first_int8 = (float(rows[0][f"{name}_train_loss"]) for name in ("full_precision", "int8"))
+    assert first_full == pytest.approx(first_int8, rel=1e-2)
+    assert first_full != first_int8
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "sample.txt").read_text().startswith("def")
+    for name in ("full_precision", "int8"):
+        assert (run / name / "metrics.csv").exists()
+        state = torch.load(run / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert state["global_step"] == STEPS
+        LlamaModule(state["hyper_parameters"]["config"]).load_state_dict(state["state_dict"], strict=True)
+
+
+def test_heat_map_lies_beside_the_run(setting) -> None:
+    folder, arguments = setting
+    run = compare.main([*arguments, "--recipe", "row"])
+    maps = [path for path in run.rglob("*.png") if path.name != "curves.png"]
+    assert maps
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in maps)
+
+
+def test_unfinished_run_leaves_latest_alone(setting, tmp_path, monkeypatch) -> None:
+    _, arguments = setting
+    arguments = [*arguments[:-1], str(tmp_path)]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_summary", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(arguments)
+    assert not (tmp_path / "latest").is_symlink()
+    finished = compare.main(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_summary", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(arguments)
+    assert (tmp_path / "latest").resolve() == finished.resolve()
+    assert not list(tmp_path.glob(".latest-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "int4"], "invalid choice: 'int4'"),
+        (["--steps", "0"], "--steps=0 must be at least 1"),
+        (["--config", "missing.yaml"], "--config=missing.yaml does not exist; ours are"),
+    ],
+)
+def test_arguments_are_checked(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        compare.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_follows_the_config_and_the_command_line() -> None:
+    plan = compare.Plan.of(compare.parse_arguments(["--accelerator", "cpu", "--config", str(CONFIGS / "125m.yaml")]))
+    assert plan.steps == compare.MAX_DEFAULT_STEPS
+    assert plan.precision == "32-true"
+    assert plan.model["warmup_steps"] < plan.steps
+    plan = compare.Plan.of(compare.parse_arguments(["--accelerator", "cpu", "--seed", "7", "--steps", "9"]))
+    assert (plan.steps, plan.seed, plan.data["seed"]) == (9, 7, 7)
+
+
+@pytest.mark.parametrize("name", ["tiny", "125m", "1b"])
+def test_configs_describe_matching_models_and_data(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    model = LlamaConfig(**config["model"]["init_args"]["config"])
+    data = config["data"]["init_args"]
+    assert model.vocab_size >= data["vocab_size"]
+    assert model.max_seq_len >= data["sequence_length"]
+    assert all(value % 16 == 0 for value in (model.dim, model.ffn_dim, model.vocab_size))
+
+
+def test_curve_summarizes_its_tail() -> None:
+    curve = Curve(train_loss={step: float(step) for step in range(1, 21)}, val_loss={10: 2.0, 20: 1.0})
+    assert curve.final_train_loss == 19.5
+    assert curve.final_val_loss == 1.0
+    assert curve.mean_fallback_rate is None
+    assert math.isnan(curve.tokens_per_second)
