@@ -11,8 +11,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
+
+from lightning_int8.recipe import resolve_recipe
+
+
+class Int8CLI(LightningCLI):
+    """A LightningCLI that reports a wrong recipe in one line, before it makes the Trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """Lightning calls this between parsing and instantiation."""
+        plugins = self.config[self.subcommand].trainer.plugins
+        for plugin in plugins if isinstance(plugins, list) else [plugins]:
+            if not str(getattr(plugin, "class_path", "")).endswith("FallbackInt8Precision"):
+                continue
+            recipe: Any = plugin.init_args.recipe
+            try:
+                resolve_recipe(recipe.as_dict() if hasattr(recipe, "as_dict") else recipe)
+            except (TypeError, ValueError) as error:
+                self.parser.error(f"trainer.plugins.init_args.recipe: {error}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -20,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # As `python -m` does: a console script otherwise sees only installed packages.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    LightningCLI(
+    Int8CLI(
         parser_kwargs={"parser_mode": "omegaconf"},
         # The config beside the logs is of the latest run, also when a run is started again in its folder.
         save_config_kwargs={"overwrite": True},

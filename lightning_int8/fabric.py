@@ -48,7 +48,7 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
 
     def __init__(
         self,
-        recipe: str | Int8Recipe | dict[str, Any] = "row",
+        recipe: str | dict[str, Any] | Int8Recipe = "row",
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
     ) -> None:

@@ -52,7 +52,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
 
     def __init__(
         self,
-        recipe: str | Int8Recipe | dict[str, Any] = "row",
+        recipe: str | dict[str, Any] | Int8Recipe = "row",
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
     ) -> None:

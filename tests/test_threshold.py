@@ -1,0 +1,189 @@
+"""Thresholds: the update rule, what counts towards it, and what it survives."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
+from lightning_int8.threshold import MAX_THRESHOLD, MIN_THRESHOLD, RATE, THRESHOLD
+from tests.tiny import BATCH, RECIPE, WIDTH, TinyModel, assert_same, batches, thresholds
+
+NAN = float("nan")
+
+
+def state_of(row: list[float], recipe: Int8Recipe = RECIPE) -> FallbackState:
+    state = FallbackState(recipe)
+    state.on(torch.device("cpu"))[:] = torch.tensor(row)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("fallback", "total", "expected"),
+    [(50.0, 100.0, 2.0 * 1.3), (5.0, 100.0, 2.0 / 1.3), (20.0, 100.0, 2.0), (30.0, 100.0, 2.0), (10.0, 100.0, 2.0)],
+)
+def test_threshold_moves_by_the_factor_only_when_the_rate_left_its_band(fallback, total, expected):
+    state = state_of([2.0, fallback, total, NAN])
+    update_thresholds([state])
+    wanted = torch.tensor([expected, 0.0, 0.0, fallback / total]).expand(3, 4)
+    torch.testing.assert_close(state.tensor, wanted)
+
+
+def test_each_operand_has_its_own_band():
+    recipe = dataclasses.replace(RECIPE, activation_band=(0.5, 0.6), gradient_band=(0.1, 0.2), threshold_factor=2.0)
+    state = state_of([1.0, 30.0, 100.0, NAN], recipe)
+    update_thresholds([state])
+    assert state.tensor[:, THRESHOLD].tolist() == [0.5, 2.0, 2.0]
+
+
+def test_nothing_counted_leaves_threshold_and_last_rate():
+    state = state_of([2.0, 0.0, 0.0, 0.25])
+    update_thresholds([state])
+    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25]] * 3
+
+
+@pytest.mark.parametrize("bad", [0.0, float("inf"), NAN, -1.0])
+def test_a_threshold_that_says_nothing_is_seeded_again(bad):
+    state = state_of([bad, 50.0, 100.0, NAN])
+    update_thresholds([state])
+    assert state.tensor[:, THRESHOLD].isnan().all()
+
+
+def test_thresholds_stay_finite_and_positive():
+    top, bottom = state_of([MAX_THRESHOLD, 90.0, 100.0, NAN]), state_of([MIN_THRESHOLD, 0.0, 100.0, NAN])
+    update_thresholds([top, bottom])
+    assert top.tensor[0, THRESHOLD].item() == pytest.approx(MAX_THRESHOLD)
+    assert bottom.tensor[0, THRESHOLD].item() == pytest.approx(MIN_THRESHOLD)
+
+
+def test_recipes_without_fallback_have_no_state():
+    for preset in ("jetfire", "rowwise", "llm_int8"):
+        model = TinyModel()
+        convert_to_int8(model, preset)
+        assert fallback_states(model) == {}
+        update_thresholds(model)
+    only_gradients = FallbackState(dataclasses.replace(RECIPE, activation_band=(0.0, 0.0)))
+    assert only_gradients.operands == ("x", "dy_dgrad", "dy_wgrad")
+
+
+@pytest.mark.parametrize("preset", ["row", "block"])
+def test_first_step_seeds_from_its_own_statistics_inside_the_band(preset):
+    recipe = dataclasses.replace(RECIPE, scaling=preset)
+    model = TinyModel()
+    convert_to_int8(model, recipe)
+    x, _ = batches(4)
+    model(x.requires_grad_()).square().sum().backward()
+    seeded = thresholds(model)
+    assert all(t[:, THRESHOLD].isfinite().all() for t in seeded.values())
+    update_thresholds(model)
+    for name, table in thresholds(model).items():
+        rates = table[:, RATE]
+        assert ((rates >= 0.1) & (rates <= 0.3)).all(), (name, rates)
+        torch.testing.assert_close(table[:, THRESHOLD], seeded[name][:, THRESHOLD], rtol=0, atol=0)
+
+
+def test_thresholds_follow_activations_that_grow():
+    model = TinyModel()
+    convert_to_int8(model, RECIPE)
+    x, _ = batches(16)
+    # Blocks whose AbsMax spreads over orders of magnitude, as outliers do; of equal ones a factor of 1.3 moves most.
+    x = x * torch.randn(16 * BATCH // 16, 1, generator=torch.Generator().manual_seed(0)).exp().repeat_interleave(16, 0)
+    state = fallback_states(model)["layers.0.up_proj"]
+    rates = []
+    for step in range(30):
+        model(x if step < 5 else 100 * x).square().mean().backward()
+        update_thresholds(model)
+        rates.append(state.tensor[0, RATE].item())
+    assert all(0.1 <= rate <= 0.3 for rate in rates[:5])
+    assert rates[5] == pytest.approx(1.0, abs=0.01)
+    assert all(0.1 <= rate <= 0.3 for rate in rates[-3:])
+
+
+def test_evaluation_and_inference_leave_thresholds_and_counts_alone():
+    model = TinyModel()
+    convert_to_int8(model, RECIPE)
+    x, _ = batches(1)
+    model(x).sum().backward()
+    before = thresholds(model)
+    model.eval()
+    model(x * 100)
+    with torch.no_grad():
+        model(x * 100)
+    model.train()
+    with torch.inference_mode():
+        model(x * 100)
+    assert_same(before, thresholds(model))
+
+
+def test_backward_in_eval_mode_leaves_thresholds_alone():
+    model = TinyModel().eval()
+    convert_to_int8(model, RECIPE)
+    before = thresholds(model)
+    x, _ = batches(1)
+    model(x.requires_grad_()).sum().backward()
+    assert_same(before, thresholds(model))
+
+
+def test_a_first_forward_under_inference_mode_does_not_block_training():
+    model = TinyModel().to("meta")
+    convert_to_int8(model, RECIPE)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, _ = batches(1)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    update_thresholds(model)
+    assert all(not t.is_inference() and t[0, RATE].isfinite() for t in thresholds(model).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("preset", ["row", "block"])
+def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(preset, reentrant):
+    recipe = dataclasses.replace(RECIPE, scaling=preset)
+    results = []
+    for mode in (None, reentrant):
+        torch.manual_seed(0)
+        model = TinyModel(reentrant=mode)
+        convert_to_int8(model, recipe)
+        x, y = batches(1)
+        for _ in range(2):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(x.requires_grad_()), y).backward()
+        results.append((thresholds(model), {n: p.grad for n, p in model.named_parameters()}))
+    (plain_table, plain_grads), (table, grads) = results
+    blocks = 2 * (BATCH // 16) * (WIDTH // 16)
+    assert table["layers.0.up_proj"][0].tolist()[2] == blocks
+    assert_same(plain_table, table)
+    assert_same(plain_grads, grads)
+
+
+def test_state_round_trip_leaves_out_counts_and_copies():
+    state = state_of([2.0, 5.0, 10.0, 0.25])
+    saved = state.state_dict()
+    assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25]] * 3
+    other = FallbackState(RECIPE)
+    other.load_state_dict(saved)
+    other.tensor[0, 0] = 7.0
+    assert saved["tensor"][0, 0] == 2.0
+    with pytest.raises(ValueError, match=r"recipe block has \['x', 'dy'\]"):
+        FallbackState(Int8Recipe(scaling="block")).load_state_dict(saved)
+
+
+def test_discarded_counts_leave_thresholds_but_rescale_the_gradients():
+    state = state_of([2.0, 5.0, 10.0, 0.25])
+    state.discard_counts(gradient_factor=0.5)
+    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]]
+
+
+def test_deep_copies_do_not_share_state():
+    model = TinyModel()
+    convert_to_int8(model, RECIPE)
+    clone = copy.deepcopy(model)
+    model(batches(1)[0]).sum().backward()
+    assert all(math.isnan(t[0, THRESHOLD]) for t in thresholds(clone).values())
