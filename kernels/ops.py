@@ -16,9 +16,13 @@ from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
 
 
-def _in_backward() -> bool:
-    """Whether autograd is running a backward: a forward op there is activation checkpointing's second run."""
-    return torch._C._current_graph_task_id() != -1
+def _may_count() -> bool:
+    """Whether a forward op may change its layer's state: not under inference mode, nor in a backward.
+
+    A forward op inside a backward is activation checkpointing's second run. Asked here, inside the op, since a traced
+    program could not ask.
+    """
+    return torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled()
 
 
 def _module(backend: str) -> ModuleType:
@@ -38,7 +42,7 @@ def quantize_row(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing."""
-    update = update and not _in_backward()
+    update = update and _may_count()
     return _module(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
 
 
@@ -108,10 +112,8 @@ def quantize_block(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""
-    update = update and not (operand == 0 and _in_backward())
-    return _module(backend).quantize_block(
-        x, state, operand, seed_rate, capacity, block, update, transpose, stochastic
-    )
+    update = update and (operand != 0 or _may_count())
+    return _module(backend).quantize_block(x, state, operand, seed_rate, capacity, block, update, transpose, stochastic)
 
 
 @quantize_block.register_fake
@@ -184,7 +186,9 @@ _gemm_block.register_fake(_gemm_fake)
 
 
 @register_flop_formula([torch.ops.lightning_int8.gemm_row, torch.ops.lightning_int8.gemm_block])
-def _gemm_flops(a_shape, a_high, a_slot, a_scale, b_shape, b_high, b_slot, b_scale, bias, depth, *args, **kwargs) -> int:
+def _gemm_flops(
+    a_shape, a_high, a_slot, a_scale, b_shape, b_high, b_slot, b_scale, bias, depth, *args, **kwargs
+) -> int:
     """Of the matrix product itself; fallback blocks repeat part of it but add nothing to the model's work."""
     return 2 * a_shape[0] * b_shape[0] * depth
 

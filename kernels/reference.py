@@ -302,7 +302,11 @@ def quantize_row_gradient(
 
 
 def gemm_row(
-    a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, accumulate: Tensor | None = None
+    a: QuantizedMatrix,
+    b: QuantizedMatrix,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulate: Tensor | None = None,
 ) -> Tensor:
     """``a @ bᵀ`` for ``row`` scaling: one INT32 sum over the whole contraction, then the scales.
 
@@ -386,7 +390,11 @@ def quantize_block(
 
 
 def gemm_block(
-    a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, accumulate: Tensor | None = None
+    a: QuantizedMatrix,
+    b: QuantizedMatrix,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulate: Tensor | None = None,
 ) -> Tensor:
     """``a @ bᵀ`` for ``block`` scaling: INT32 within a block of the contraction, FP32 across blocks.
 
@@ -444,7 +452,9 @@ def _cpu_int8_gemm_is_exact() -> bool:
     """Whether this CPU's INT8 GEMM keeps full INT32 sums (without VNNI, oneDNN may saturate pairs to 16 bits)."""
     a = torch.full((32, 64), -128, dtype=torch.int8)
     b = torch.full((32, 64), 127, dtype=torch.int8)
-    exact = bool((torch._int_mm(a, b.t()) == -128 * 127 * 64).all() and (torch._int_mm(b, b.t()) == 127 * 127 * 64).all())
+    exact = bool(
+        (torch._int_mm(a, b.t()) == -128 * 127 * 64).all() and (torch._int_mm(b, b.t()) == 127 * 127 * 64).all()
+    )
     if not exact:
         import warnings
 
@@ -456,7 +466,7 @@ def _cpu_int8_gemm_is_exact() -> bool:
 
 
 def _cuda_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """cuBLAS wants more than 16 rows and multiples of 8 elsewhere."""
+    """CuBLAS wants more than 16 rows and multiples of 8 elsewhere."""
     rows, columns = a.shape[0], b.shape[0]
     depth = padded(a.shape[1], 8)
     a = F.pad(a, (0, depth - a.shape[1], 0, max(0, 32 - rows)))

@@ -11,6 +11,7 @@ dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class _Int8Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        state: Tensor | None,
+        forward_state: Tensor | None,
+        backward_state: Tensor | None,
         update: bool,
         recipe: Int8Recipe,
         backend: str,
@@ -44,7 +46,7 @@ class _Int8Linear(torch.autograd.Function):
         saved: tuple[Tensor, ...] = (x,) if needs[1] and not recipe.wgrad else ()
         quantized: QuantizedInput | None = None
         if recipe.forward or int8_wgrad:
-            quantized = scheme.quantize_input(x, weight, state, update, int8_wgrad, backend)
+            quantized = scheme.quantize_input(x, weight, forward_state, update, int8_wgrad, backend)
             saved = quantized.saved if int8_wgrad else saved
         if recipe.forward and quantized is not None:
             w = scheme.quantize_weight(weight, False, backend)
@@ -53,7 +55,7 @@ class _Int8Linear(torch.autograd.Function):
                 y = y + quantized.remainder
         else:
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(weight, state, *saved)
+        ctx.save_for_backward(weight, backward_state, *saved)
         ctx.recipe, ctx.backend, ctx.needs = recipe, backend, needs
         ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -84,7 +86,7 @@ class _Int8Linear(torch.autograd.Function):
             dx = (dy @ weight.to(dy.dtype)).to(ctx.input_dtype)
         if needs_dw and dw is None:
             dw = (dy.t() @ saved[0]).to(weight.dtype)
-        return dx, dw, None if db is None else db.to(ctx.bias_dtype), None, None, None, None, None
+        return dx, dw, None if db is None else db.to(ctx.bias_dtype), *[None] * 6
 
 
 def int8_linear(
@@ -121,35 +123,41 @@ def int8_linear(
         RuntimeError: Tensors are on different devices, or a forced backend cannot run there.
     """
     recipe = resolve_recipe(recipe)
+    _check_tensors(x, weight, bias)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+    # Meta tensors (shape inference) know no autocast; float64 is left alone as F.linear would leave it.
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    if autocast:
         x = x.to(torch.get_autocast_dtype(device_type))
-        autocast = True
-    else:
-        autocast = False
-    _check(x, weight, bias, recipe, state, autocast)
+    elif x.dtype != weight.dtype:
+        raise TypeError(
+            f"int8_linear: x is {x.dtype} but weight is {weight.dtype}. Give both the same dtype, or run under "
+            "torch.autocast (the plugin's precision='bf16-mixed')."
+        )
+    if state is not None and state.recipe != recipe:
+        raise ValueError(
+            f"int8_linear: state was made for recipe {state.recipe.describe()} but recipe is {recipe.describe()}; make "
+            "the state with FallbackState(recipe)."
+        )
     backend = backends.choose(recipe.backend, x.device)
     grad = torch.is_grad_enabled()
     needs = (grad and x.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
-    update = update_state and not torch.is_inference_mode_enabled()
-    tensor = state.on(x.device) if state is not None and state.operands else None
+    parts = state.on(x.device) if state is not None and state.operands else (None, None)
     flat = x.reshape(-1, x.shape[-1])
     # The wgrad contracts over tokens, and its INT32 bound holds up to this many; autograd sums the pieces.
     pieces = flat.split(MAX_WGRAD_TOKENS) if flat.shape[0] > MAX_WGRAD_TOKENS else (flat,)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if flat.shape[0] == 0:
             y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         else:
             outs = [
-                _Int8Linear.apply(piece, weight, bias, tensor, update, recipe, backend, needs) for piece in pieces
+                _Int8Linear.apply(piece, weight, bias, *parts, update_state, recipe, backend, needs) for piece in pieces
             ]
             y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Int8Recipe, state: FallbackState | None, autocast: bool
-) -> None:
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -174,14 +182,4 @@ def _check(
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
             f"int8_linear: bias has shape {list(bias.shape)}; weight {list(weight.shape)} needs [N={weight.shape[0]}]."
-        )
-    if not autocast and x.dtype != weight.dtype:
-        raise TypeError(
-            f"int8_linear: x is {x.dtype} but weight is {weight.dtype}. Give both the same dtype, or run under "
-            "torch.autocast (the plugin's precision='bf16-mixed')."
-        )
-    if state is not None and state.recipe != recipe:
-        raise ValueError(
-            f"int8_linear: state was made for recipe {state.recipe.describe()} but recipe is {recipe.describe()}; make "
-            "the state with FallbackState(recipe)."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -58,6 +60,13 @@ class Int8Linear(nn.Linear):
             state=self.int8_state,
             update_state=self.training,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """Moves the thresholds with the parameters (``.to``, ``.cuda``, ``.to_empty``)."""
+        super()._apply(fn, recurse)
+        if self.int8_state.operands and self.weight.device.type != "meta":
+            self.int8_state.on(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8={self.int8_recipe.describe()}"

@@ -137,9 +137,7 @@ NO_FALLBACK = (0.0, 0.0)
 PRESETS: dict[str, Int8Recipe] = {
     "row": Int8Recipe(),
     "block": Int8Recipe(scaling="block"),
-    "jetfire": Int8Recipe(
-        scaling="block", block_size=32, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
-    ),
+    "jetfire": Int8Recipe(scaling="block", block_size=32, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK),
     "rowwise": Int8Recipe(scaling="vector", activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK),
     "llm_int8": Int8Recipe(
         scaling="vector",

@@ -63,7 +63,7 @@ class Scheme(Protocol):
         bias: bool,
         backend: str,
     ) -> QuantizedGradient:
-        """dY ``[M, N]``; ``weight`` and ``saved`` are ``None`` when the dgrad or wgrad is not wanted; X is ``size``."""
+        """DY ``[M, N]``; ``weight`` and ``saved`` are ``None`` when the dgrad or wgrad is not wanted; X is ``size``."""
         ...
 
     def gemm(

@@ -32,60 +32,76 @@ class FallbackState:
     Attributes:
         recipe: The layer's recipe.
         operands: Names of the operands with a threshold, in the order of ``tensor``'s rows.
-        tensor: float32 ``[len(operands), 4]`` on the layer's device, or ``None`` until a device is known. Columns:
-            threshold (AbsMax, in the operand's own unit; NaN before the first step seeds it), fallback blocks and total
-            blocks since the last update, fallback rate at the last update (NaN before).
+        parts: Two float32 ``[len(operands), 4]`` on the layer's device, or ``None`` until a device is known: the first
+            is the forward's, which writes row 0 (X), the second the backward's, which writes the others. Two, because
+            a traced program can change a tensor either in its forward or in its backward. Columns: threshold (AbsMax,
+            in the operand's own unit; NaN before the first step seeds it), fallback blocks and total blocks since the
+            last update, fallback rate at the last update (NaN before).
     """
 
     def __init__(self, recipe: Int8Recipe) -> None:
         self.recipe = recipe
         fallback = recipe.activation_band[1] > 0 or recipe.gradient_band[1] > 0
         self.operands: tuple[str, ...] = _OPERANDS[recipe.scaling] if fallback else ()
-        self.tensor: Tensor | None = None
+        self.parts: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """A copy of the rows in use, float32 ``[len(operands), 4]``, or ``None`` until a device is known."""
+        return None if self.parts is None else torch.cat([self.parts[0][:1], self.parts[1][1:]])
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where ``parts`` are."""
+        return None if self.parts is None else self.parts[0].device
 
     def band(self, operand: str) -> tuple[float, float]:
         """Lowest and highest fallback rate that leaves ``operand``'s threshold where it is."""
         return self.recipe.activation_band if operand == "x" else self.recipe.gradient_band
 
-    def on(self, device: torch.device) -> Tensor:
-        """``tensor`` on ``device``, made on first use and moved when the layer has moved."""
-        if self.tensor is None:
-            # A forward under inference_mode must not make an inference tensor that training could not update.
-            with torch.inference_mode(False):
-                self.tensor = torch.zeros(len(self.operands), 4, device=device)
-                self.tensor[:, THRESHOLD] = float("nan")
-                self.tensor[:, RATE] = float("nan")
-        elif self.tensor.device != device:
-            with torch.inference_mode(False):
-                self.tensor = self.tensor.to(device)
-        return self.tensor
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``parts`` on ``device``, made on first use and moved when the layer has moved."""
+        if self.parts is None:
+            fresh = torch.zeros(len(self.operands), 4)
+            fresh[:, [THRESHOLD, RATE]] = float("nan")
+            self._set(fresh, device)
+        elif self.device != device:
+            # `parts` was not None a line above; the copy is what `tensor` gives then.
+            self._set(torch.cat([self.parts[0][:1], self.parts[1][1:]]), device)
+        return self.parts  # type: ignore[return-value]
 
+    def _set(self, tensor: Tensor, device: torch.device) -> None:
+        # A forward under inference_mode must not make an inference tensor that training could not update.
+        with torch.inference_mode(False):
+            tensor = tensor.detach().to(device, torch.float32)
+            self.parts = (tensor.clone(), tensor.clone())
+
+    @torch.no_grad()
     def discard_counts(self, gradient_factor: float = 1.0) -> None:
         """Forgets the blocks counted since the last update, leaving the thresholds where they are.
 
         Args:
             gradient_factor: What the gradients' thresholds are multiplied by: the new loss scale over the old one.
         """
-        if self.tensor is None:
-            return
-        with torch.no_grad():
-            self.tensor[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
-            self.scale_gradient_thresholds(gradient_factor)
+        for part in self.parts or ():
+            part[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
+        self.scale_gradient_thresholds(gradient_factor)
 
+    @torch.no_grad()
     def scale_gradient_thresholds(self, factor: float) -> None:
         """Multiplies the gradients' thresholds by ``factor``, when the unit of the gradients changed by it."""
-        if self.tensor is not None and factor != 1.0:
-            with torch.no_grad():
-                self.tensor[1:, THRESHOLD] *= factor
+        if self.parts is not None and factor != 1.0:
+            self.parts[1][1:, THRESHOLD] *= factor
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as a CPU tensor and plain types; empty while ``tensor`` is ``None``.
+        """The state as a CPU tensor and plain types; empty until a device is known.
 
         Counts since the last update are left out, as the gradients they belong to are not saved either.
         """
-        if self.tensor is None or not self.operands:
+        tensor = self.tensor
+        if tensor is None or not self.operands:
             return {}
-        tensor = self.tensor.detach().cpu().clone()
+        tensor = tensor.cpu()
         tensor[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
         return {"operands": list(self.operands), "tensor": tensor}
 
@@ -96,7 +112,7 @@ class FallbackState:
             ValueError: The state is of a recipe with other operands.
         """
         if not state:
-            self.tensor = None
+            self.parts = None
             return
         if tuple(state["operands"]) != self.operands:
             raise ValueError(
@@ -104,9 +120,7 @@ class FallbackState:
                 f"{self.recipe.describe()} has {list(self.operands)}. Use the recipe the checkpoint was trained with, "
                 "or drop the saved thresholds to seed new ones."
             )
-        device = self.tensor.device if self.tensor is not None else torch.device("cpu")
-        with torch.inference_mode(False):
-            self.tensor = torch.as_tensor(state["tensor"]).detach().to(device, torch.float32, copy=True)
+        self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 
 
 def fallback_states(module: nn.Module) -> dict[str, FallbackState]:
@@ -149,12 +163,12 @@ def update_thresholds(
         # the device of the others, or the all-reduces of the ranks would not match.
         home = _group_device(process_group, states)
         for state in states:
-            if state.tensor is None or state.tensor.device.type != home.type:
+            if state.device is None or state.device.type != home.type:
                 state.on(home)
     by_device: dict[torch.device, list[FallbackState]] = {}
     for state in states:
-        if state.tensor is not None:
-            by_device.setdefault(state.tensor.device, []).append(state)
+        if state.device is not None:
+            by_device.setdefault(state.device, []).append(state)
     for device, group in by_device.items():
         _update_on_device(group, device, distributed, process_group)
 
@@ -162,8 +176,8 @@ def update_thresholds(
 def _update_on_device(
     states: list[FallbackState], device: torch.device, distributed: bool, process_group: dist.ProcessGroup | None
 ) -> None:
-    tensors = [state.tensor for state in states if state.tensor is not None]
-    table = torch.cat(tensors)
+    parts = [state.on(device) for state in states]
+    table = torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
     rows = [(state, operand) for state in states for operand in state.operands]
     limits = torch.tensor(
         [(*state.band(operand), state.recipe.threshold_factor) for state, operand in rows], dtype=torch.float32
@@ -187,13 +201,14 @@ def _update_on_device(
     moved = moved.clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     new_rate = torch.where(total > 0, rate, table[:, RATE])
     updated = torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved), new_rate], dim=1)
-    torch._foreach_copy_(tensors, list(updated.split([len(state.operands) for state in states])))
+    of_layer = updated.split([len(state.operands) for state in states])
+    # Both parts hold every row, so that either shows the whole state between updates.
+    torch._foreach_copy_([part for pair in parts for part in pair], [rows for rows in of_layer for _ in range(2)])
 
 
 def _group_device(process_group: dist.ProcessGroup | None, states: list[FallbackState]) -> torch.device:
     """Where a state that has not run belongs: beside the others, and where the group's backend can reduce it."""
-    devices = [state.tensor.device for state in states if state.tensor is not None]
-    accelerator = next((device for device in devices if device.type != "cpu"), None)
+    accelerator = next((s.device for s in states if s.device is not None and s.device.type != "cpu"), None)
     if accelerator is not None:
         return accelerator
     if "nccl" in dist.get_backend(process_group):
