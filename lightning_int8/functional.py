@@ -56,7 +56,7 @@ class _Int8Linear(torch.autograd.Function):
         else:
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(weight, backward_state, *saved)
-        ctx.recipe, ctx.backend, ctx.needs = recipe, backend, needs
+        ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
         ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -73,7 +73,7 @@ class _Int8Linear(torch.autograd.Function):
         if int8_dgrad or int8_wgrad:
             w = scheme.quantize_weight(weight, True, backend) if int8_dgrad else None
             g = scheme.quantize_gradient(
-                dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, needs_db, backend
+                dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, ctx.update, needs_db, backend
             )
             db = g.dbias
             if w is not None and g.dgrad is not None:

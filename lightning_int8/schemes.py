@@ -60,6 +60,7 @@ class Scheme(Protocol):
         saved: tuple[Tensor, ...] | None,
         size: tuple[int, int],
         state: Tensor | None,
+        update: bool,
         bias: bool,
         backend: str,
     ) -> QuantizedGradient:
@@ -113,7 +114,7 @@ class RowScheme(_BlockFallback):
             return QuantizedWeight(QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
         return QuantizedWeight(QuantizedMatrix(low, None, None, scale, size, self.block))
 
-    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
         low_t = high_t = slot = input_scale = int_max = None
@@ -128,7 +129,7 @@ class RowScheme(_BlockFallback):
             rate,
             capacity,
             self.block,
-            state is not None,
+            update,
             self.recipe.stochastic_rounding,
             bias,
             backend,
@@ -169,7 +170,7 @@ class BlockScheme(_BlockFallback):
             return QuantizedWeight(self._transposed(low_t, high_t, slot, scale, size))
         return QuantizedWeight(self._matrix(low, high, slot, scale, size, 0))
 
-    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             dy,
@@ -178,7 +179,7 @@ class BlockScheme(_BlockFallback):
             rate,
             capacity,
             self.block,
-            state is not None,
+            update,
             saved is not None,
             self.recipe.stochastic_rounding,
             backend,
@@ -215,7 +216,7 @@ class VectorScheme:
     def quantize_weight(self, weight, transposed, backend):
         return QuantizedWeight(self._quantize(weight.t() if transposed else weight, backend))
 
-    def quantize_gradient(self, dy, weight, saved, size, state, bias, backend):
+    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         dgrad = None if weight is None else self._quantize(dy, backend)
         wgrad = input_transposed = None
         if saved is not None:

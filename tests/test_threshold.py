@@ -18,7 +18,7 @@ NAN = float("nan")
 
 def state_of(row: list[float], recipe: Int8Recipe = RECIPE) -> FallbackState:
     state = FallbackState(recipe)
-    state.on(torch.device("cpu"))[:] = torch.tensor(row)
+    state.load_state_dict({"operands": list(state.operands), "tensor": torch.tensor([row] * len(state.operands))})
     return state
 
 
@@ -169,8 +169,9 @@ def test_state_round_trip_leaves_out_counts_and_copies():
     assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25]] * 3
     other = FallbackState(RECIPE)
     other.load_state_dict(saved)
-    other.tensor[0, 0] = 7.0
-    assert saved["tensor"][0, 0] == 2.0
+    other.discard_counts(gradient_factor=7.0)
+    assert other.tensor[1, THRESHOLD] == 14.0
+    assert saved["tensor"][1, THRESHOLD] == 2.0
     with pytest.raises(ValueError, match=r"recipe block has \['x', 'dy'\]"):
         FallbackState(Int8Recipe(scaling="block")).load_state_dict(saved)
 
