@@ -121,6 +121,7 @@ def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curv
     """One run; ``recipe=None`` is full precision."""
     L.seed_everything(plan.seed, verbose=False)
     module, data, recorder = LlamaModule(**plan.model), TextDataModule(**plan.data), Recorder()
+    monitor: FallbackRateMonitor | None = None
     callbacks: list[Callback] = [
         recorder,
         RichProgressBar(refresh_rate=5),
@@ -137,7 +138,8 @@ def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curv
         plugin = FallbackInt8Precision(recipe=recipe, precision=plan.precision, ignore_modules=plan.ignore_modules)
         precision = {"plugins": plugin}
         if PRESETS[recipe].activation_band != (0.0, 0.0):
-            callbacks.append(FallbackRateMonitor(every_n_steps=max(1, plan.steps // 60), dirpath=folder))
+            monitor = FallbackRateMonitor(every_n_steps=max(1, plan.steps // 60), dirpath=str(folder))
+            callbacks.append(monitor)
     trainer = L.Trainer(
         accelerator=plan.accelerator,
         devices=1,
@@ -156,6 +158,9 @@ def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curv
     trainer.fit(module, datamodule=data)
     if plan.steps not in recorder.curve.val_loss:
         trainer.validate(module, datamodule=data, verbose=False)
+    if monitor is not None:
+        rates = monitor.rates.nanmean(1).tolist()
+        recorder.curve.fallback_rate = dict(zip(monitor.steps, rates, strict=True))
     return recorder.curve, module, data
 
 

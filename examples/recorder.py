@@ -10,9 +10,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_int8 import fallback_states
-from lightning_int8.threshold import RATE
-
 
 @dataclass
 class Curve:
@@ -21,8 +18,9 @@ class Curve:
     Attributes:
         train_loss: Loss of every step.
         val_loss: Held-out loss after some steps, the last one included.
-        fallback_rate: After every step, the mean over layers and operands of the share of blocks that fell back.
-        train_seconds: Time of the measured steps, without evaluation.
+        fallback_rate: By step, the mean over layers and operands (and the steps since the last) of the share of blocks
+            that fell back; empty for a recipe without fallback.
+        train_seconds: Time of the measured steps, without evaluation and checkpoints.
         train_tokens: Tokens trained on in that time.
     """
 
@@ -65,43 +63,33 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.curve = Curve()
         self._losses: dict[int, torch.Tensor] = {}
-        self._rates: dict[int, torch.Tensor] = {}
         self._resumed_at: float | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._resumed_at is None and len(self._losses) >= self.WARMUP_STEPS:
+            _synchronize()
+            self._resumed_at = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        self._losses[step] = outputs["loss"].detach()
-        rates = [state.tensor[:, RATE] for state in fallback_states(module).values() if state.tensor is not None]
-        if rates:
-            # A copy, since the state is updated in place; NaN marks an operand that has not been counted yet.
-            self._rates[step] = torch.cat(rates).nanmean()
+        self._losses[trainer.global_step] = outputs["loss"].detach()
         if self._resumed_at is not None:
             self.curve.train_tokens += batch[:, 1:].numel()
-        elif len(self._losses) >= self.WARMUP_STEPS:
-            self._start_clock()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop_clock()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._stop_clock()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.curve.val_loss[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
-        if trainer.training or trainer.state.fn == "fit":
-            self._start_clock()
+        if not trainer.sanity_checking:
+            self.curve.val_loss[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._stop_clock()
         self.curve.train_loss = {step: float(loss) for step, loss in self._losses.items()}
-        rates = {step: float(rate) for step, rate in self._rates.items()}
-        self.curve.fallback_rate = {step: rate for step, rate in rates.items() if rate == rate}
-
-    def _start_clock(self) -> None:
-        if len(self._losses) >= self.WARMUP_STEPS:
-            _synchronize()
-            self._resumed_at = time.perf_counter()
 
     def _stop_clock(self) -> None:
         if self._resumed_at is not None:
