@@ -18,6 +18,7 @@ from lightning_int8.linear import Int8Linear, is_plain_linear
 from lightning_int8.names import matches, near, strip_wrappers
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport, LayerReport, Status
+from lightning_int8.sharing import share_inputs
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,6 +74,7 @@ def convert_to_int8(
     # Only now, so that an error leaves the module as it was.
     for linear in to_convert:
         Int8Linear.swap(linear, recipe)
+    share_inputs(m for m in names if sum(isinstance(child, Int8Linear) for child in m.children()) > 1)
     if to_convert:
         _warn_of_bypasses(names, patterns)
     return report
@@ -208,7 +210,7 @@ def _backend(recipe: Int8Recipe, module: nn.Module) -> str:
 
 
 def _nothing_converted(module: nn.Module, rows: Sequence[LayerReport]) -> str:
-    head = f"Nothing to convert to INT8 in {type(module).__qualname__}: "
+    head = f"Nothing to convert to INT8 in {type(module).__name__}: "
     if not rows:
         return head + (
             "it has no nn.Linear layer. Layers made in setup() or configure_model() must exist before the conversion."

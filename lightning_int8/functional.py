@@ -22,11 +22,15 @@ from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.schemes import QuantizedInput, scheme_of
+from lightning_int8.sharing import leave_planes, shared_planes
 from lightning_int8.threshold import FallbackState
 
 
 class _Int8Linear(torch.autograd.Function):
-    """X ``[M, K]``, W ``[N, K]``, bias ``[N]`` or ``None``; ``needs`` says which of dX, dW and db autograd wants."""
+    """X ``[M, K]``, W ``[N, K]``, bias ``[N]`` or ``None``; ``needs`` says which of dX, dW and db autograd wants.
+
+    X comes quantized too (``planes``), unless neither the forward nor the wgrad is INT8.
+    """
 
     @staticmethod
     def forward(
@@ -34,28 +38,25 @@ class _Int8Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        forward_state: Tensor | None,
-        backward_state: Tensor | None,
+        planes: QuantizedInput | None,
+        state: Tensor | None,
         update: bool,
         recipe: Int8Recipe,
         backend: str,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         scheme = scheme_of(recipe)
-        int8_wgrad = needs[1] and recipe.wgrad
-        saved: tuple[Tensor, ...] = (x,) if needs[1] and not recipe.wgrad else ()
-        quantized: QuantizedInput | None = None
-        if recipe.forward or int8_wgrad:
-            quantized = scheme.quantize_input(x, weight, forward_state, update, int8_wgrad, backend)
-            saved = quantized.saved if int8_wgrad else saved
-        if recipe.forward and quantized is not None:
+        saved: tuple[Tensor, ...] = ()
+        if needs[1]:
+            saved = planes.saved if recipe.wgrad and planes is not None else (x,)
+        if recipe.forward and planes is not None:
             w = scheme.quantize_weight(weight, False, backend)
-            y = scheme.gemm(quantized.operand, w.operand, bias, x.dtype, backend)
-            if quantized.remainder is not None:
-                y = y + quantized.remainder
+            y = scheme.gemm(planes.operand, w.operand, bias, x.dtype, backend)
+            if planes.remainder is not None:
+                y = y + planes.remainder
         else:
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(weight, backward_state, *saved)
+        ctx.save_for_backward(weight, state, *saved)
         ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
         ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -124,6 +125,7 @@ def int8_linear(
     """
     recipe = resolve_recipe(recipe)
     _check_tensors(x, weight, bias)
+    source = x
     device_type = x.device.type
     # Meta tensors (shape inference) know no autocast; float64 is left alone as F.linear would leave it.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
@@ -142,18 +144,29 @@ def int8_linear(
     backend = backends.choose(recipe.backend, x.device)
     grad = torch.is_grad_enabled()
     needs = (grad and x.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
-    parts = state.on(x.device) if state is not None and state.operands else (None, None)
+    forward_state, backward_state = state.on(x.device) if state is not None and state.operands else (None, None)
     flat = x.reshape(-1, x.shape[-1])
     # The wgrad contracts over tokens, and its INT32 bound holds up to this many; autograd sums the pieces.
     pieces = flat.split(MAX_WGRAD_TOKENS) if flat.shape[0] > MAX_WGRAD_TOKENS else (flat,)
+    outs = []
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
-        if flat.shape[0] == 0:
-            y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        else:
-            outs = [
-                _Int8Linear.apply(piece, weight, bias, *parts, update_state, recipe, backend, needs) for piece in pieces
-            ]
-            y = outs[0] if len(outs) == 1 else torch.cat(outs)
+        for piece in pieces:
+            if flat.shape[0] == 0:
+                outs.append(F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+                continue
+            wgrad = needs[1] and recipe.wgrad
+            planes = None
+            if recipe.forward or wgrad:
+                planes = shared_planes(source, recipe, update_state, wgrad) if len(pieces) == 1 else None
+                if planes is None:
+                    planes = scheme_of(recipe).quantize_input(
+                        piece.detach(), weight.detach(), forward_state, update_state, wgrad, backend
+                    )
+                    leave_planes(source, recipe, update_state, planes)
+            outs.append(
+                _Int8Linear.apply(piece, weight, bias, planes, backward_state, update_state, recipe, backend, needs)
+            )
+    y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,0 +1,146 @@
+"""Linears that read the same tensor share its planes: eager, checkpointed, compiled, and in what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8.kernels import ops
+
+
+class Attention(nn.Module):
+    """Three linears that read the same tensor, and one that does not."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.q_proj(x) * self.k_proj(x) + self.v_proj(x))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the activations that were quantized."""
+    seen: list[tuple[int, ...]] = []
+    original = ops.quantize_row
+
+    def counting(x, state, operand, seed_rate, capacity, *rest):
+        if capacity:
+            seen.append(tuple(x.shape))
+        return original(x, state, operand, seed_rate, capacity, *rest)
+
+    monkeypatch.setattr(ops, "quantize_row", counting)
+    return seen
+
+
+def run(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    y = module(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *[p.grad for p in module.parameters()]]
+
+
+def converted(share: bool = True) -> Attention:
+    torch.manual_seed(1)
+    module = Attention()
+    convert_to_int8(module, {"block_size": 16})
+    if not share:
+        module._forward_pre_hooks.clear()
+    return module
+
+
+def test_siblings_quantize_their_input_once(calls):
+    x = torch.randn(32, 64)
+    shared = run(converted(), x)
+    assert len(calls) == 2  # one for q, k and v, one for o
+    apart = run(converted(share=False), x)
+    assert len(calls) == 2 + 4
+    for a, b in zip(shared, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_kept_after_the_forward():
+    from lightning_int8.sharing import _WINDOW
+
+    run(converted(), torch.randn(32, 64))
+    assert (_WINDOW.open, _WINDOW.source, _WINDOW.planes) == (False, None, None)
+
+
+def test_an_input_changed_in_place_is_quantized_again(calls):
+    class Changing(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            first = self.q_proj(x)
+            x.mul_(2)
+            return first + self.k_proj(x)
+
+    module = Changing()
+    convert_to_int8(module, {"block_size": 16})
+    with torch.no_grad():
+        module(torch.randn(32, 64))
+    assert len(calls) == 2
+
+
+def test_a_failed_forward_does_not_leak_into_the_next(calls):
+    module = converted()
+    x = torch.randn(32, 64)
+    with pytest.raises(ValueError, match="features"):
+        module(torch.randn(32, 63))
+    run(module, x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_shares_in_both_runs(calls, reentrant):
+    x = torch.randn(32, 64)
+    plain, module = run(converted(), x), converted()
+    calls.clear()
+    xc = x.clone().requires_grad_()
+    y = checkpoint(module, xc, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert len(calls) == 4
+    for a, b in zip(plain, [y.detach(), xc.grad, *[p.grad for p in module.parameters()]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_compiled_module_quantizes_once_and_saves_once():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(32, 64)
+    eager, module = converted(), converted()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for _ in range(2):
+        for a, b in zip(run(eager, x), run(compiled, x), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) == 1
+    quantized = [node for node in graphs[0].graph.nodes if "quantize_row" in str(node.target)]
+    assert len(quantized) == 2  # one for q, k and v, one for o; weights and gradients are inside the autograd functions
+    for name, state in fallback_states(eager).items():
+        assert torch.equal(state.tensor.nan_to_num(-1), fallback_states(module)[name].tensor.nan_to_num(-1)), name
+
+
+def test_what_is_saved_for_backward_is_shared():
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int8:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    module = converted()
+    x = torch.randn(128, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    # Two activations of 128 × 64, each as its transposed base plane and up to 0.375 of it for fallback blocks.
+    assert sum(saved.values()) <= 2 * 128 * 64 * 1.4
