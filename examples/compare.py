@@ -17,7 +17,7 @@ import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -31,6 +31,7 @@ from examples.model import LlamaModule
 from examples.recorder import Curve, Recorder
 from examples.report import print_table, write_curves, write_metrics, write_summary
 from lightning_int8 import PRESETS, FallbackInt8Precision, FallbackRateMonitor
+from lightning_int8.plugin_core import OuterPrecision
 
 CONFIGS = Path(__file__).parent / "configs"
 # A config meant for a long training is cut to this, so that the comparison stays a matter of minutes.
@@ -48,7 +49,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, help="sequences in a batch; default: the config's")
     parser.add_argument("--val-batches", type=int, help="held-out batches an evaluation takes; default: the config's")
-    parser.add_argument("--precision", help="precision of both runs; default: the config's, on a CPU 32-true")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(OuterPrecision),
+        help="precision of both runs; default: the config's, on a CPU 32-true",
+    )
     parser.add_argument("--text", help="text file or folder; default: the config's (Python's standard library)")
     parser.add_argument("--cache-dir", help="where tokenizer and tokens are kept; default: the config's")
     parser.add_argument("--seed", type=int, help="seed of weights and batches; default: the config's")
@@ -79,7 +84,7 @@ class Plan:
     steps: int
     val_batches: int
     seed: int
-    precision: str
+    precision: OuterPrecision
     ignore_modules: list[str] | None
     gradient_clip_val: float | None
     accelerator: str
