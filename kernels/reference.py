@@ -147,10 +147,10 @@ def row_scale(x: Tensor, mask: Tensor, block: int, other_max: Tensor | None, fol
     ``s_r = max(max over plain blocks |x_r| / 127, max over all |x_r| / 32512, sum_q |x_rq| m_q / L, 2^-100)`` where
     ``m_q`` bounds the other operand's integers in column ``q`` of the contraction and ``L = 0.98·2^31 - sum_q m_q``.
 
-    When the scale will be ``folded`` into dY, it is also at least ``min over blocks |x_r| / 127``, the least AbsMax that
-    one of the row's blocks has: a row whose blocks have all fallen back would otherwise get 16-bit integers throughout
-    and a scale 256 times too small, and its tokens would drown in the rounding of dY·diag(s) (measured: 12.8 dB instead
-    of 32.1 dB for dW where tokens differ in magnitude).
+    When the scale will be ``folded`` into dY, it is also at least ``min over blocks |x_r| / 127``, the least AbsMax
+    that one of the row's blocks has: a row whose blocks have all fallen back would otherwise get 16-bit integers
+    throughout and a scale 256 times too small, and its tokens would drown in the rounding of dY·diag(s) (measured:
+    12.8 dB instead of 32.1 dB for dW where tokens differ in magnitude).
 
     Proof that ``|sum_q a_rq b_cq| < 2^31``: rounding (to nearest or stochastic) moves an integer by less than one, so
     ``sum_q |a_rq| |b_cq| < sum_q (|x_rq| / s_r + 1) m_q <= L (1 + e) + sum_q m_q < 2^31`` as long as the float32 sum's
@@ -234,7 +234,11 @@ def quantize_row(
 
     Args:
         x: float ``[R, Q]``, any strides.
-        state, operand, seed_rate, capacity, update: See :func:`fallback_mask`; ``capacity`` 0 turns fallback off.
+        state: See :func:`fallback_mask`, also for the next four.
+        operand: Row of ``state``.
+        seed_rate: Fraction of the blocks.
+        capacity: Most blocks that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
         block: Block edge ``B``.
         transpose: Whether the transposed planes are wanted; they come back empty (zero elements) otherwise.
 
@@ -273,7 +277,10 @@ def quantize_row_gradient(
         weight_scale: ``t``, float32 ``[N]``; ``None`` when there is no dgrad.
         input_scale: ``s``, float32 ``[M]``; ``None`` when there is no wgrad.
         input_int_max: ``int_max`` of X, float32 ``[M]``; goes with ``input_scale``.
-        state, seed_rate, capacity, update: See :func:`fallback_mask`; A uses row 1 of ``state`` and G row 2.
+        state: See :func:`fallback_mask`, also for the next three; A uses row 1 and G row 2.
+        seed_rate: Fraction of the blocks.
+        capacity: Most blocks of each that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
         block: Block edge ``B``.
         stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
         bias: Whether the bias gradient is wanted.
@@ -310,8 +317,8 @@ def gemm_row(
 ) -> Tensor:
     """``a @ bᵀ`` for ``row`` scaling: one INT32 sum over the whole contraction, then the scales.
 
-    ``acc = ((high·highᵀ ≪ 8) + high·lowᵀ + low·highᵀ) ≪ 8) + low·lowᵀ`` exactly (see :func:`row_scale` for why it cannot
-    overflow), then ``float(acc)·a.scale·b.scale + bias + accumulate`` in float32.
+    ``acc = (((high·highᵀ ≪ 8) + high·lowᵀ + low·highᵀ) ≪ 8) + low·lowᵀ`` exactly (see :func:`row_scale` for why it
+    cannot overflow), then ``float(acc)·a.scale·b.scale + bias + accumulate`` in float32.
 
     Returns:
         ``[a.size[0], b.size[0]]`` in ``out_dtype``.
@@ -358,14 +365,18 @@ def quantize_block(
 
     Args:
         x: float ``[R, Q]``, any strides.
-        state, operand, seed_rate, capacity, update: See :func:`fallback_mask`; ``capacity`` 0 turns fallback off.
+        state: See :func:`fallback_mask`, also for the next four.
+        operand: Row of ``state``.
+        seed_rate: Fraction of the blocks.
+        capacity: Most blocks that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
         block: Block edge ``B``.
         transpose: Whether the transposed planes are wanted; they come back empty otherwise.
         stochastic: Round the finest plane of each block stochastically.
 
     Returns:
-        ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]``, all int8; ``slot``
-        int32 ``[RB, QB]``; ``scale`` float32 ``[RB, QB]``.
+        ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]``, all int8;
+        ``slot`` int32 ``[RB, QB]``; ``scale`` float32 ``[RB, QB]``.
     """
     x = x.float()
     amax = block_amax(x, block)
@@ -398,8 +409,8 @@ def gemm_block(
 ) -> Tensor:
     """``a @ bᵀ`` for ``block`` scaling: INT32 within a block of the contraction, FP32 across blocks.
 
-    ``acc += s·low·lowᵀ + s/254·(high·lowᵀ + low·highᵀ)`` for each block of the contraction, ``s = a.scale·b.scale``. The
-    product of two residuals is below 2^-16 of the block's and is left out.
+    ``acc += s·low·lowᵀ + s/254·(high·lowᵀ + low·highᵀ)`` for each block of the contraction, ``s = a.scale·b.scale``.
+    The product of two residuals is below 2^-16 of the block's and is left out.
 
     Returns:
         ``[a.size[0], b.size[0]]`` in ``out_dtype``.
@@ -459,7 +470,7 @@ def _cpu_int8_gemm_is_exact() -> bool:
         import warnings
 
         warnings.warn(
-            "This CPU's INT8 matrix product saturates, so the reference computes the same integers in float64 (slower).",
+            "This CPU's INT8 matrix product saturates; the reference computes the same integers in float64, slower.",
             stacklevel=2,
         )
     return exact

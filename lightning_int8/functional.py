@@ -101,9 +101,9 @@ def int8_linear(
 ) -> Tensor:
     """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable.
 
-    Under autocast ``x`` is cast to the autocast dtype as ``F.linear`` would; the weight is quantized from its own dtype.
-    NaN and infinities come out as NaN at least wherever full precision would have NaN or an infinity: scales carry them,
-    so they also reach what shares the scale (the row, or the block). An empty batch gives an empty result.
+    Under autocast ``x`` is cast to the autocast dtype as ``F.linear`` would; the weight is quantized from its own
+    dtype. NaN and infinities come out as NaN at least wherever full precision would have NaN or an infinity: scales
+    carry them, so they also reach what shares the scale (the row, or the block). An empty batch gives an empty result.
 
     Args:
         x: float ``[..., K]`` (bf16, fp16, fp32 or fp64), any strides. fp64 is quantized from its fp32 value.

@@ -45,8 +45,8 @@ class Int8Recipe:
 
     Args:
         scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction, X and W quantized once
-            and folded for the backward (this project's). ``"block"``: one per ``block_size``² block (arXiv 2503.08040).
-            ``"vector"``: one per row, both operands quantized again for each GEMM (LLM.int8(), arXiv 2208.07339).
+            and folded for the backward (this project's). ``"block"``: one per ``block_size``² block (arXiv
+            2503.08040). ``"vector"``: one per row, both operands quantized again for each GEMM (LLM.int8(), arXiv 2208.07339).
         block_size: Edge of the square blocks that fall back (and, for ``"block"``, share a scale). A multiple of 16
             from 16 to 256.
         activation_band: Lowest and highest fraction of X's blocks that may fall back to 16 bits before the threshold
@@ -99,7 +99,7 @@ class Int8Recipe:
         _check_number("threshold_factor", self.threshold_factor)
         if not 1.0 < self.threshold_factor <= 16.0:
             raise ValueError(
-                f"Int8Recipe.threshold_factor={self.threshold_factor} must be above 1 and at most 16; 1.3 is the default."
+                f"Int8Recipe.threshold_factor={self.threshold_factor} must be above 1 and at most 16 (default 1.3)."
             )
         if not (self.forward or self.dgrad or self.wgrad):
             raise ValueError("Int8Recipe runs none of forward, dgrad and wgrad in INT8; leave at least one true.")
