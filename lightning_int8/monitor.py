@@ -135,8 +135,9 @@ class FallbackRateMonitor(pl.Callback):
         self._seen_step = trainer.global_step
         assert self._metric is not None
         assert self._rows is not None
-        tensors = [state.tensor for state in self._states]
-        self._metric.update(torch.cat([t for t in tensors if t is not None]).to(self._rows.device)[self._rows])
+        parts = [state.on(self._rows.device) for state in self._states]
+        table = torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
+        self._metric.update(table[self._rows])
         if self._seen_step % self.every_n_steps == 0:
             self._record(trainer)
 

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_SEGMENTS = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module"}
+)
 
 
 def strip_wrappers(name: str) -> str:
-    """``name`` without the segments that ``torch.compile``, FSDP and activation checkpointing insert."""
+    """``name`` without the segments that ``torch.compile``, FSDP, activation checkpointing and Fabric insert."""
     return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 

@@ -79,14 +79,11 @@ class ConversionReport:
         kernels = sorted({row.backend for row in self.rows if row.backend})
         if kernels:
             line += f"; {', '.join(kernels)} kernels"
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            groups.setdefault((collapse_indices(name), reason), []).append(name)
+            groups.setdefault(reason, []).append(name)
         if groups:
-            shown = [
-                f"{names[0] if len(names) == 1 else _times(pattern, len(names))} ({reason})"
-                for (pattern, reason), names in list(groups.items())[:4]
-            ]
+            shown = [f"{_abridged(names)} ({reason})" for reason, names in list(groups.items())[:4]]
             more = len(groups) - len(shown)
             line += f"; not converted: {', '.join(shown)}" + (f" and {more} more" if more else "")
         return line + "."
@@ -107,6 +104,10 @@ class ConversionReport:
         for (name, *cells), rows in groups.items():
             table.add_row(_times(name if len(rows) > 1 else rows[0].name, len(rows)), *cells)
         return table
+
+
+def _abridged(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _times(name: str, count: int) -> str:

@@ -110,7 +110,8 @@ class FarThresholds(pl.Callback):
 
 def set_far(module: nn.Module) -> None:
     for state in fallback_states(module).values():
-        state.on(torch.device("cpu"))[:, THRESHOLD] = FAR
+        for part in state.on(torch.device("cpu")):
+            part[:, THRESHOLD] = FAR
 
 
 def updates(module: nn.Module) -> set[int]:
@@ -140,7 +141,7 @@ def trainer(tmp_path: Path, *, plugin: Any, **kwargs: Any) -> pl.Trainer:
 
 
 def thresholds(module: nn.Module) -> dict[str, Tensor]:
-    return {name: state.tensor.clone() for name, state in fallback_states(module).items() if state.tensor is not None}
+    return {name: state.tensor for name, state in fallback_states(module).items() if state.tensor is not None}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
