@@ -126,8 +126,8 @@ class FallbackState:
 def fallback_states(module: nn.Module) -> dict[str, FallbackState]:
     """The fallback state of every converted linear in ``module``, by the linear's name, in module order.
 
-    Names are without what ``torch.compile``, FSDP, activation checkpointing and Fabric insert. Layers whose recipe never
-    falls back have no state and are left out.
+    Names are without what ``torch.compile``, FSDP, activation checkpointing and Fabric insert. Layers whose recipe
+    never falls back have no state and are left out.
     """
     from lightning_int8.linear import Int8Linear
 
