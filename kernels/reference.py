@@ -183,7 +183,13 @@ def row_scale(x: Tensor, mask: Tensor, block: int, other_max: Tensor | None, fol
     bound = weighted / limit
     # A weighted sum that overflows float32, or meets 0·inf, says nothing: AbsMax alone carries NaN and infinity.
     bound = bound.where(bound.isfinite(), 0.0)
-    return torch.maximum(torch.maximum(plain / INT8_MAX, largest / INT16_MAX), bound).clamp_min(MIN_SCALE)
+    scale = torch.maximum(_over(plain, INT8_MAX), _over(largest, INT16_MAX))
+    return torch.maximum(scale, bound).clamp_min(MIN_SCALE)
+
+
+def _over(x: Tensor, divisor: int) -> Tensor:
+    """``x / divisor`` rounded once on every device: by a number, CUDA multiplies with the rounded reciprocal."""
+    return x / x.new_tensor(float(divisor))
 
 
 def row_integers(x: Tensor, scale: Tensor, mask: Tensor, block: int, noise: Tensor | None) -> Tensor:
@@ -381,7 +387,7 @@ def quantize_block(
     x = x.float()
     amax = block_amax(x, block)
     mask = fallback_mask(amax, state, operand, seed_rate, capacity, update)
-    scale = (amax / INT8_MAX).clamp_min(MIN_SCALE)
+    scale = _over(amax, INT8_MAX).clamp_min(MIN_SCALE)
     v = x * _spread(1.0 / scale, *x.shape, block)
     q = v.round()
     noise = uniform(*x.shape, data_seed(amax), x.device) if stochastic else None

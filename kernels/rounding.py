@@ -1,7 +1,7 @@
 """Stochastic rounding whose noise is a hash of the data: no generator state, so replays and resumed runs repeat it.
 
-The seed is the exclusive or of all block AbsMax values, as bit patterns. It differs from step to step and from rank to
-rank as the data does, and is the same whenever the same tensor is quantized again.
+The seed is the exclusive or of all finite block AbsMax values, as bit patterns. It differs from step to step and from
+rank to rank as the data does, and is the same whenever the same tensor is quantized again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def data_seed(block_amax: Tensor) -> int:
-    """Exclusive or of the float32 bit patterns of ``block_amax``, as an unsigned 32-bit number."""
-    bits = block_amax.contiguous().view(torch.int32).flatten().tolist()
+    """Exclusive or of the float32 bit patterns of ``block_amax``, as an unsigned 32-bit number.
+
+    Blocks with NaN (which has many bit patterns) or an infinity count as zero.
+    """
+    bits = block_amax.where(block_amax.isfinite(), 0.0).contiguous().view(torch.int32).flatten().tolist()
     seed = 0
     for value in bits:
         seed ^= value & _MASK

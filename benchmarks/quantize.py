@@ -1,0 +1,126 @@
+"""Bandwidth of the quantize kernels against a device-to-device copy measured in the same run.
+
+``python benchmarks/quantize.py [--rows 16384] [--columns 4096] [--rate 0.2]``
+
+Every byte that an op reads and writes is counted once for each time it has to: the tensor twice (its statistics come
+before its integers), each plane, the fallback blocks' high bytes, slots, scales, and the partial statistics written and
+read in between. A kernel line shows that kernel alone; an op line all three, with the gaps between launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics as stats
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from lightning_int8.kernels import quantize
+from lightning_int8.kernels.planes import blocks_along, fallback_capacity
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of ``run`` on the device."""
+    for _ in range(3):
+        run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    # The queue is kept full, so that what the host takes to launch is not timed.
+    torch.cuda._sleep(20_000_000)
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return stats.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def kernel_milliseconds(run: Callable[[], object], repeats: int = 10) -> dict[str, float]:
+    """Median time of each kernel in ``run``."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    times = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name].append(event.device_time / 1000)
+    return {name: stats.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(rows: int, columns: int) -> float:
+    """Bytes a second, read and written, of copying a bfloat16 tensor of this size."""
+    x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) * 1e3
+
+
+class Case:
+    """One op on one tensor: how to run it, and the bytes it moves in all."""
+
+    def __init__(self, op: str, rows: int, columns: int, block: int, rate: float, transposed: bool = False) -> None:
+        x = torch.randn(rows, columns, device="cuda").mul_(torch.randn(rows, 1, device="cuda").exp_()).bfloat16()
+        if transposed:
+            x = x.t().contiguous().t()
+        self.op, self.rate, self.rows, self.columns, self.block = op, rate, rows, columns, block
+        blocks = blocks_along(rows, block) * blocks_along(columns, block)
+        capacity = fallback_capacity(blocks, (0.1, rate)) if rate else 0
+        state = torch.full((3, 4), float("nan"), device="cuda")
+        state[:, 1:3] = 0
+        s, t, m = (torch.rand(n, device="cuda") + 0.5 for n in (rows, columns, rows))
+        m *= 127
+        stochastic = op.endswith("stochastic")
+        if op.startswith("gradient"):
+            arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True
+            self.run = lambda: quantize.quantize_row_gradient(*arguments)
+            out = self.run()
+            fallen = int((out[2] >= 0).sum() + (out[6] >= 0).sum())
+            # AbsMax and weighted sums both ways, and sums of columns.
+            partial = 4 * (2 * rows * blocks_along(columns, block) + 3 * columns * blocks_along(rows, block))
+        elif op.startswith("row"):
+            transpose = op != "row, one layout"
+            self.run = lambda: quantize.quantize_row(x, state, 0, rate, capacity, block, True, transpose)
+            out = self.run()
+            fallen = int((out[4] >= 0).sum()) * (2 if transpose else 1)
+            partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
+        else:
+            self.run = lambda: quantize.quantize_block(x, state, 0, rate, capacity, block, True, True, stochastic)
+            out = self.run()
+            fallen, partial = int((out[4] >= 0).sum()) * 2, 0
+        written = sum(t.nbytes for t in out if t.dim() != 3) + fallen * block * block
+        self.bytes = 2 * x.nbytes + written + 2 * partial
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--columns", type=int, nargs="*", default=[4096, 14336])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[128])
+    parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--kernels", action="store_true", help="also time each kernel")
+    arguments = parser.parse_args()
+    rows = arguments.rows
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for columns in arguments.columns:
+        copy = copy_bandwidth(rows, columns)
+        print(f"\n[{rows}, {columns}] bfloat16; copy {copy / 1e12:.2f} TB/s")
+        print(f"{'op':22} B    rate   µs     TB/s  of copy")
+        for block in arguments.blocks:
+            for op, rate in (
+                ("row", arguments.rate), ("row", 0.0), ("row, one layout", 0.0), ("gradient", arguments.rate),
+                ("gradient, stochastic", arguments.rate), ("block", arguments.rate), ("block, stochastic", 0.2),
+            ):  # fmt: skip
+                case = Case(op, rows, columns, block, rate)
+                ms = milliseconds(case.run)
+                speed = case.bytes / ms * 1e3
+                print(f"{op:22} {block:<4} {rate:<4} {ms * 1e3:6.1f}  {speed / 1e12:6.2f}  {speed / copy:6.0%}")
+                if arguments.kernels:
+                    for name, time in kernel_milliseconds(case.run).items():
+                        print(f"    {name:30} {time * 1e3:6.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Quantize kernels in Triton for every NVIDIA GPU since Ampere: the functions of `reference`, bit for bit.
+
+Three launches, none of which the host waits for: statistics (first read), select (thresholds, slots and scales, from
+statistics that lie in L2), and the integers in both layouts (second read).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_int8.kernels.integers import block_planes, gradient_planes, row_planes
+from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE, blocks_along, padded, seed_count
+from lightning_int8.kernels.reference import _INT32_LIMIT
+from lightning_int8.kernels.select import gradient_select, matrix_select
+from lightning_int8.kernels.statistics import gradient_statistics, matrix_statistics
+
+BLOCKS = (32, 64, 128)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Launch options by kernel and block edge.
+OPTIONS: dict[str, dict[int, dict[str, int]]] = {
+    "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 8}},
+    "row_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
+    "block_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
+    "gradient_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
+    "gradient_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
+}
+SELECT_WARPS = 8
+
+
+def quantize_row(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    transpose: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes X or W ``[R, Q]`` with ``row`` scaling: arguments and results of `reference.quantize_row`.
+
+    Equal to it bit for bit, except that the sum behind a scale that the INT32 bound sets is taken in another order, and
+    that entries of ``high`` past the number of fallback blocks are not written.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 ``[R, Q]``, any strides; fast if one of them is 1.
+        state: float32 ``[operands, 4]`` or ``None``; row ``operand`` is read, and updated in place when ``update``.
+        operand: Row of ``state``.
+        seed_rate: See `reference.fallback_mask`.
+        capacity: Most blocks that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
+        block: Block edge ``B``: 32, 64 or 128.
+        transpose: Whether to write ``low_t`` and ``high_t``.
+
+    Returns:
+        ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]``, ``high_t [C, B, B]`` int8; ``slot [RB, QB]`` int32;
+        ``scale [R]``, ``int_max [R]`` float32.
+    """
+    rows, columns, row_blocks, column_blocks = _check(x, block)
+    new = _Allocator(x.device)
+    low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
+    scale, int_max = new.float32(rows), new.float32(rows)
+    if x.numel() == 0:
+        return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
+    fallback = capacity > 0
+    limit = _INT32_LIMIT - INT8_MAX * columns
+    # Integers of ±127 reach the bound only in very long rows.
+    weight = new.float32(column_blocks, rows) if fallback or columns * INT8_MAX**2 > 0.99 * limit else None
+    amax, block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks) if fallback else None
+    blocks = row_blocks * column_blocks
+    with _on(x):
+        matrix_statistics[(blocks,)](
+            x, amax, weight, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
+        )
+        matrix_select[(row_blocks,)](
+            block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, None,
+            None, amax, weight, limit, scale, int_max, rows, columns,
+            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
+        )  # fmt: skip
+        row_planes[(blocks,)](
+            x, scale, slot, low, low_t if transpose else None, high if fallback else None,
+            high_t if fallback and transpose else None, rows, columns, *x.stride(),
+            B=block, **_options("row_planes", block),
+        )  # fmt: skip
+    return low, low_t, high, high_t, slot, scale, int_max
+
+
+def quantize_row_gradient(
+    dy: Tensor,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_int_max: Tensor | None,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    stochastic: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes dY ``[M, N]`` as ``A = dY·diag(t)`` and ``G = (dY·diag(s))ᵀ``, with the bias gradient, in two reads.
+
+    Arguments and results of `reference.quantize_row_gradient`, equal to it as `quantize_row` is to its own; ``dbias``
+    is a float32 sum in a fixed order, another than the reference's.
+
+    Args:
+        dy: bfloat16, float16, float32 or float64 ``[M, N]``, any strides; fast if one of them is 1.
+        weight_scale: ``t``, contiguous float32 ``[N]``, or ``None``: no A.
+        input_scale: ``s``, contiguous float32 ``[M]``, or ``None``: no G.
+        input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
+        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G row 2, updated in place when ``update``.
+        seed_rate: See `reference.fallback_mask`.
+        capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
+        block: Block edge ``B``: 32, 64 or 128.
+        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        bias: Whether to write ``dbias``.
+
+    Returns:
+        A's ``low [M, NB·B]``, ``high [C, B, B]`` int8, ``slot [MB, NB]`` int32, ``scale [M]`` float32; G's
+        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
+        wanted comes back empty.
+    """
+    rows, columns, row_blocks, column_blocks = _check(dy, block)
+    new = _Allocator(dy.device)
+    fallback, blocks = capacity > 0, row_blocks * column_blocks
+    has_a, has_g = weight_scale is not None, input_scale is not None
+    limit = _INT32_LIMIT - INT8_MAX * columns
+
+    def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not wanted:
+            return new.int8(0), new.int8(0), new.int32(0), new.float32(0)
+        low, _, high, _, slot = _planes(new, rows, columns, capacity, block, False)
+        return low, high, slot, new.float32(rows)
+
+    a_low, a_high, a_slot, a_scale = results(has_a, rows, columns)
+    g_low, g_high, g_slot, g_scale = results(has_g, columns, rows)
+    dbias = new.float32(columns if bias else 0)
+    out = a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias
+    if dy.numel() == 0:
+        for scale in (a_scale, g_scale):
+            scale.fill_(MIN_SCALE)
+        g_slot.fill_(-1)
+        dbias.zero_()
+        return out
+    if not (has_a or has_g or bias):
+        return out
+
+    a_amax = a_weight = a_block_amax = a_seed = g_amax = g_weight = g_block_amax = g_seed = int_sums = sums = None
+    if has_a:
+        a_amax, a_block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks)
+        a_seed = new.int32(1) if stochastic else None
+        if fallback or columns * INT8_MAX**2 > 0.99 * limit:
+            a_weight = new.float32(column_blocks, rows)
+    if has_g:
+        g_amax, g_block_amax = new.int32(row_blocks, columns), new.int32(column_blocks, row_blocks)
+        g_weight, int_sums = new.float32(row_blocks, columns), new.float32(row_blocks)
+        g_seed = new.int32(1) if stochastic else None
+    if bias:
+        sums = new.float32(row_blocks, columns)
+    with _on(dy):
+        gradient_statistics[(blocks,)](
+            dy, input_scale, input_int_max, weight_scale, a_amax, a_weight, a_block_amax, g_amax, g_weight,
+            g_block_amax, int_sums, sums, rows, columns, *dy.stride(),
+            B=block, **_options("gradient_statistics", block),
+        )  # fmt: skip
+        gradient_select[(row_blocks + column_blocks,)](
+            a_block_amax, _operand(state, 1), a_amax, a_weight, limit, a_slot, a_scale, a_seed,
+            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT, g_slot, g_scale, g_seed,
+            sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns, FALLBACK=fallback,
+            **_select_sizes(block, blocks, max(row_blocks, column_blocks)), num_warps=SELECT_WARPS,
+        )  # fmt: skip
+        if has_a or has_g:
+            gradient_planes[(blocks,)](
+                dy, weight_scale, a_scale, a_slot, a_seed, a_low, a_high if fallback else None,
+                input_scale, g_scale, g_slot, g_seed, g_low, g_high if fallback else None,
+                rows, columns, *dy.stride(),
+                B=block, **_options("gradient_planes", block),
+            )  # fmt: skip
+    return out
+
+
+def quantize_block(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    transpose: bool,
+    stochastic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes X, W or dY ``[R, Q]`` with one scale per block: arguments and results of `reference.quantize_block`.
+
+    Equal to it bit for bit; entries of ``high`` past the number of fallback blocks are not written.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 ``[R, Q]``, any strides; fast if one of them is 1.
+        state: float32 ``[operands, 4]`` or ``None``; row ``operand`` is read, and updated in place when ``update``.
+        operand: Row of ``state``.
+        seed_rate: See `reference.fallback_mask`.
+        capacity: Most blocks that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
+        block: Block edge ``B``: 32, 64 or 128.
+        transpose: Whether to write ``low_t`` and ``high_t``.
+        stochastic: Round the finest plane of each block stochastically.
+
+    Returns:
+        ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]`` int8;
+        ``slot [RB, QB]`` int32; ``scale [RB, QB]`` float32.
+    """
+    rows, columns, row_blocks, column_blocks = _check(x, block)
+    new = _Allocator(x.device)
+    low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
+    scale = new.float32(row_blocks, column_blocks)
+    if x.numel() == 0:
+        return low, low_t, high, high_t, slot, scale
+    fallback, blocks = capacity > 0, row_blocks * column_blocks
+    block_amax, seed = new.int32(row_blocks, column_blocks), new.int32(1) if stochastic else None
+    with _on(x):
+        matrix_statistics[(blocks,)](
+            x, None, None, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
+        )
+        matrix_select[(row_blocks,)](
+            block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, seed,
+            scale, None, None, 0.0, None, None, rows, columns,
+            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
+        )  # fmt: skip
+        block_planes[(blocks,)](
+            x, scale, slot, seed, low, low_t if transpose else None, high if fallback else None,
+            high_t if fallback and transpose else None, rows, columns, *x.stride(),
+            B=block, **_options("block_planes", block),
+        )  # fmt: skip
+    return low, low_t, high, high_t, slot, scale
+
+
+class _Allocator:
+    """Uninitialized tensors on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def int8(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=self.device)
+
+    def int32(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=self.device)
+
+    def float32(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self.device)
+
+
+def _check(x: Tensor, block: int) -> tuple[int, int, int, int]:
+    """Sizes of ``x`` in elements and in blocks, if the kernels can take it."""
+    if block not in BLOCKS:
+        raise ValueError(
+            f"block={block} is not among the block sizes of the Triton kernels, {', '.join(map(str, BLOCKS))}; "
+            "use one of them, or backend='reference'."
+        )
+    if x.dim() != 2 or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"the quantize kernels take a matrix of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, "
+            f"not {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}."
+        )
+    rows, columns = x.shape
+    return rows, columns, blocks_along(rows, block), blocks_along(columns, block)
+
+
+def _planes(
+    new: _Allocator, rows: int, columns: int, capacity: int, block: int, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``low``, ``low_t``, ``high``, ``high_t`` and ``slot``, uninitialized; transposed ones empty unless wanted."""
+    return (
+        new.int8(rows, padded(columns, block)),
+        new.int8(columns, padded(rows, block)) if transpose else new.int8(0),
+        new.int8(capacity, block, block),
+        new.int8(capacity, block, block) if transpose else new.int8(0),
+        new.int32(blocks_along(rows, block), blocks_along(columns, block)),
+    )
+
+
+def _operand(state: Tensor | None, operand: int) -> Tensor | None:
+    return None if state is None else state[operand]
+
+
+def _on(x: Tensor) -> torch.cuda.device_of:
+    """Launches go to the current device; makes that the one of ``x`` (and does nothing on a CPU)."""
+    return torch.cuda.device_of(x)
+
+
+def _options(kernel: str, block: int) -> dict:
+    # The reference rounds after each multiplication and addition, which fused ones would not.
+    return {**OPTIONS[kernel][block], "enable_fp_fusion": False}
+
+
+def _select_sizes(block: int, blocks: int, along: int) -> dict:
+    """Block edge of a select program, and how many blocks it takes in one step: of all, and along its row of blocks."""
+    return {
+        "B": block,
+        "CHUNK": 512 if blocks <= 512 else 4096,
+        "COLUMN_CHUNK": 8 if along <= 8 else 4096 // block,
+        "enable_fp_fusion": False,
+    }

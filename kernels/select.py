@@ -1,0 +1,354 @@
+"""Between the two reads: which blocks fall back, their slots, and the scales, without the host waiting for anything.
+
+Each program finds the threshold for itself from the AbsMax of all blocks, which lie in L2, then numbers the blocks of
+its own row of blocks and makes the scales of its own rows. That costs less than a launch that does it once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_MIN_SCALE_BITS = tl.constexpr(0x0D800000)  # 2^-100, planes.MIN_SCALE
+
+
+@triton.jit
+def _load_bits(block_amax, index, total):
+    """AbsMax of blocks as bit patterns; 0 past the end and for blocks that hold NaN or an infinity."""
+    bits = tl.load(block_amax + index, mask=index < total, other=0)
+    return tl.where(bits < _INFINITY_BITS, bits, 0)
+
+
+@triton.jit
+def _kth_largest(block_amax, total, k, CHUNK: tl.constexpr):
+    """The ``k+1``-th largest AbsMax, or 0 when ``k`` covers all: radix selection, a byte of the pattern at a time."""
+    found = tl.full([], 0, tl.int32)
+    if k < total:
+        wanted = k + 1
+        for digit in range(4):
+            shift = 24 - 8 * digit
+            counts = tl.zeros([256], tl.int32)
+            for start in range(0, total, CHUNK):
+                index = start + tl.arange(0, CHUNK)
+                bits = _load_bits(block_amax, index, total)
+                # Those that agree with what is found of the pattern so far, which is nothing at first.
+                counted = (index < total) & (((bits >> shift) >> 8) == ((found >> shift) >> 8))
+                counts += tl.histogram((bits >> shift) & 255, 256, mask=counted)
+            below = tl.cumsum(counts, 0) - counts
+            at_least = tl.sum(counts, 0) - below
+            value = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
+            wanted -= tl.sum(tl.where(tl.arange(0, 256) > value, counts, 0), 0)
+            found = found | (value << shift)
+    return found.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count_above(block_amax, total, end, threshold, CHUNK: tl.constexpr):
+    """How many blocks before ``end`` exceed the threshold, how many of all do, and how many of all are finite."""
+    before = tl.full([], 0, tl.int32)
+    above = tl.full([], 0, tl.int32)
+    finite = tl.full([], 0, tl.int32)
+    for start in range(0, total, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        bits = tl.load(block_amax + index, mask=index < total, other=_INFINITY_BITS)
+        good = bits < _INFINITY_BITS
+        over = good & (bits.to(tl.float32, bitcast=True) > threshold)
+        before += tl.sum((over & (index < end)).to(tl.int32), 0)
+        above += tl.sum(over.to(tl.int32), 0)
+        finite += tl.sum(good.to(tl.int32), 0)
+    return before, above, finite
+
+
+@triton.jit
+def _store_data_seed(block_amax, total, seed, first, CHUNK: tl.constexpr):
+    """The first program writes the exclusive or of all finite block AbsMax: see `rounding.data_seed`."""
+    if first:
+        result = tl.full([], 0, tl.int32)
+        for start in range(0, total, CHUNK):
+            result = result ^ tl.xor_sum(_load_bits(block_amax, start + tl.arange(0, CHUNK), total), 0)
+        tl.store(seed, result)
+
+
+@triton.jit
+def _update_state(state, threshold, unseeded, above, finite, wanted):
+    if wanted:
+        # A tensor of zeros says nothing about later ones.
+        if unseeded & (threshold > 0.0):
+            tl.store(state, threshold)
+        tl.store(state + 1, tl.load(state + 1) + above.to(tl.float32))
+        tl.store(state + 2, tl.load(state + 2) + finite.to(tl.float32))
+
+
+@triton.jit
+def _threshold(block_amax, total, before_end, state, seed_blocks, capacity, update, first, CHUNK: tl.constexpr):
+    """The AbsMax that fallback blocks exceed, and how many do among the first ``before_end``; updates ``state``.
+
+    Programs may read ``state`` before or after the first one has seeded it: they find the same threshold either way.
+    """
+    threshold = tl.full([], float("nan"), tl.float32)
+    if state is not None:
+        threshold = tl.load(state)
+    unseeded = threshold != threshold
+    if unseeded:
+        threshold = _kth_largest(block_amax, total, seed_blocks, CHUNK)
+    before, above, finite = _count_above(block_amax, total, before_end, threshold, CHUNK)
+    if state is not None:
+        _update_state(state, threshold, unseeded, above, finite, first & (update != 0))
+    if above > capacity:
+        threshold = _kth_largest(block_amax, total, capacity, CHUNK)
+        before, above, finite = _count_above(block_amax, total, before_end, threshold, CHUNK)
+    return threshold, before
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def round_half_even(v):
+    """``v`` rounded to the nearest whole number, halves to even, for ``|v| <= 2^22``: the sum's last bit is worth 1."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x``, rounded as IEEE division rounds."""
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
+def _over_constant(bits, divisor: tl.constexpr):
+    """Bit patterns of ``float(bits) / divisor``, rounded as IEEE division rounds."""
+    return _bits(tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full(bits.shape, divisor, tl.float32)))
+
+
+@triton.jit
+def _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK: tl.constexpr):
+    """Which of the blocks ``q`` of a row of blocks fall back."""
+    inside = q < column_blocks
+    if FALLBACK:
+        at = row_block.to(tl.int64) * column_blocks + q
+        bits = tl.load(block_amax + at, mask=inside, other=_INFINITY_BITS)
+        return (bits < _INFINITY_BITS) & (bits.to(tl.float32, bitcast=True) > threshold)
+    else:
+        return inside & (q < 0)
+
+
+@triton.jit
+def _number_blocks(
+    row_block,
+    column_blocks,
+    block_amax,
+    slot,
+    threshold,
+    before,
+    block_scale,
+    FALLBACK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Writes the slots (and, unless ``None``, the block scales) of one row of blocks."""
+    for start in range(0, column_blocks, CHUNK):
+        q = start + tl.arange(0, CHUNK)
+        at = row_block.to(tl.int64) * column_blocks + q
+        over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK).to(tl.int32)
+        order = before + tl.cumsum(over, 0) - 1
+        before += tl.sum(over, 0)
+        tl.store(slot + at, tl.where(over > 0, order, -1), mask=q < column_blocks)
+        if block_scale is not None:
+            bits = tl.load(block_amax + at, mask=q < column_blocks, other=0)
+            s = tl.maximum(_over_constant(bits, 127.0), _MIN_SCALE_BITS)
+            tl.store(block_scale + at, s.to(tl.float32, bitcast=True), mask=q < column_blocks)
+
+
+@triton.jit
+def _row_scales(
+    row_block,
+    rows,
+    column_blocks,
+    block_amax,  # int32 [RB, QB]
+    threshold,
+    amax,  # int32 [QB, R]
+    weight,  # float32 [QB, R], or None: the INT32 bound cannot bind
+    unit,  # float32, multiplies the weights
+    limit,  # float32, `L` of `reference.row_scale`
+    scale,  # float32 [R]
+    int_max,  # float32 [R], or None
+    FALLBACK: tl.constexpr,
+    FOLDED: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Scales of one row of blocks' rows, and their largest integers unless ``None``: see `reference.row_scale`."""
+    r = row_block.to(tl.int64) * B + tl.arange(0, B)
+    plain = tl.zeros([B], tl.int32)
+    largest = tl.zeros([B], tl.int32)
+    least = tl.full([B], 0x7FFFFFFF, tl.int32)
+    weighted = tl.zeros([B], tl.float32)
+    for start in range(0, column_blocks, CHUNK):
+        q = start + tl.arange(0, CHUNK)
+        inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
+        at = q.to(tl.int64)[:, None] * rows + r[None, :]
+        bits = tl.load(amax + at, mask=inside, other=0)
+        over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
+        largest = tl.maximum(largest, tl.max(bits, 0))
+        plain = tl.maximum(plain, tl.max(tl.where(over[:, None], 0, bits), 0))
+        if FOLDED:
+            least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), 0))
+        if weight is not None:
+            weighted += tl.sum(tl.load(weight + at, mask=inside, other=0.0), 0)
+    if FOLDED:
+        plain = tl.maximum(plain, least)
+    # Maxima of bit patterns, since those keep NaN.
+    s = tl.maximum(_over_constant(plain, 127.0), _over_constant(largest, 32512.0))
+    s = tl.maximum(s, _MIN_SCALE_BITS)
+    if weight is not None:
+        bound = _bits(tl.div_rn(weighted * unit, tl.zeros([B], tl.float32) + limit))
+        s = tl.maximum(s, tl.where(bound < _INFINITY_BITS, bound, 0))
+    tl.store(scale + r, s.to(tl.float32, bitcast=True), mask=r < rows)
+    if int_max is not None:
+        inverse = reciprocal(s.to(tl.float32, bitcast=True))
+        result = tl.zeros([B], tl.float32)
+        for start in range(0, column_blocks, CHUNK):
+            q = start + tl.arange(0, CHUNK)
+            inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
+            bits = tl.load(amax + q.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0)
+            over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
+            # Rounding is monotonic, so a block's largest magnitude has its largest integer.
+            value = round_half_even(bits.to(tl.float32, bitcast=True) * inverse[None, :])
+            # A row with NaN or an infinity has integers 0.
+            value = tl.where((s < _INFINITY_BITS)[None, :], value, 0.0)
+            result = tl.maximum(result, tl.max(tl.minimum(value, tl.where(over, 32512.0, 127.0)[:, None]), 0))
+        tl.store(int_max + r, result, mask=r < rows)
+
+
+@triton.jit(do_not_specialize=["seed_blocks", "capacity", "update"])
+def matrix_select(
+    block_amax,  # int32 [RB, QB]
+    state,  # float32 [4], the operand's row of `FallbackState.tensor`, or None
+    seed_blocks,
+    capacity,
+    update,
+    slot,  # int32 [RB, QB]
+    seed,  # int32 [1], or None: no stochastic rounding
+    block_scale,  # float32 [RB, QB], or None: `row` scaling
+    amax,  # int32 [QB, R], `row` scaling
+    weight,  # float32 [QB, R], or None
+    limit,
+    scale,  # float32 [R]
+    int_max,  # float32 [R]
+    rows,
+    columns,
+    FALLBACK: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMN_CHUNK: tl.constexpr,
+):
+    """Everything between the two reads of ``x [R, Q]``, for one row of blocks."""
+    row_block = tl.program_id(0)
+    row_blocks = tl.cdiv(rows, B)
+    column_blocks = tl.cdiv(columns, B)
+    total = row_blocks * column_blocks
+    threshold = tl.full([], float("inf"), tl.float32)
+    before = tl.full([], 0, tl.int32)
+    if FALLBACK:
+        threshold, before = _threshold(
+            block_amax, total, row_block * column_blocks, state, seed_blocks, capacity, update, row_block == 0, CHUNK
+        )
+    if seed is not None:
+        _store_data_seed(block_amax, total, seed, row_block == 0, CHUNK)
+    _number_blocks(row_block, column_blocks, block_amax, slot, threshold, before, block_scale, FALLBACK, COLUMN_CHUNK)
+    if block_scale is None:
+        _row_scales(
+            row_block, rows, column_blocks, block_amax, threshold, amax, weight, 127.0, limit, scale, int_max,
+            FALLBACK, True, B, COLUMN_CHUNK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed_blocks", "capacity", "update"])
+def gradient_select(
+    a_block_amax,  # int32 [MB, NB], or None: no A
+    a_state,  # float32 [4], or None
+    a_amax,  # int32 [NB, M]
+    a_weight,  # float32 [NB, M], or None
+    a_limit,
+    a_slot,  # int32 [MB, NB]
+    a_scale,  # float32 [M]
+    a_seed,  # int32 [1], or None
+    g_block_amax,  # int32 [NB, MB], or None: no G
+    g_state,
+    g_amax,  # int32 [MB, N]
+    g_weight,  # float32 [MB, N]
+    int_sums,  # float32 [MB]
+    int32_limit,
+    g_slot,  # int32 [NB, MB]
+    g_scale,  # float32 [N]
+    g_seed,
+    column_sums,  # float32 [MB, N], or None: no bias gradient
+    dbias,  # float32 [N]
+    seed_blocks,
+    capacity,
+    update,
+    rows,
+    columns,
+    FALLBACK: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMN_CHUNK: tl.constexpr,
+):
+    """Everything between the two reads of ``dy [M, N]``: the first NB programs make G and dbias, MB more make A."""
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(rows, B)
+    column_blocks = tl.cdiv(columns, B)
+    total = row_blocks * column_blocks
+    threshold = tl.full([], float("inf"), tl.float32)
+    before = tl.full([], 0, tl.int32)
+    if pid < column_blocks:
+        if column_sums is not None:
+            _sum_columns(pid, row_blocks, columns, column_sums, dbias, B, COLUMN_CHUNK)
+        if g_block_amax is not None:
+            if FALLBACK:
+                threshold, before = _threshold(
+                    g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity, update, pid == 0, CHUNK
+                )
+            if g_seed is not None:
+                _store_data_seed(g_block_amax, total, g_seed, pid == 0, CHUNK)
+            int_sum = tl.full([], 0.0, tl.float32)
+            for start in range(0, row_blocks, COLUMN_CHUNK):
+                m = start + tl.arange(0, COLUMN_CHUNK)
+                int_sum += tl.sum(tl.load(int_sums + m, mask=m < row_blocks, other=0.0), 0)
+            _number_blocks(pid, row_blocks, g_block_amax, g_slot, threshold, before, None, FALLBACK, COLUMN_CHUNK)
+            _row_scales(
+                pid, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, 1.0, int32_limit - int_sum,
+                g_scale, None, FALLBACK, False, B, COLUMN_CHUNK,
+            )  # fmt: skip
+    else:
+        if a_block_amax is not None:
+            row_block = pid - column_blocks
+            if FALLBACK:
+                threshold, before = _threshold(
+                    a_block_amax, total, row_block * column_blocks, a_state, seed_blocks, capacity, update,
+                    row_block == 0, CHUNK,
+                )  # fmt: skip
+            if a_seed is not None:
+                _store_data_seed(a_block_amax, total, a_seed, row_block == 0, CHUNK)
+            _number_blocks(
+                row_block, column_blocks, a_block_amax, a_slot, threshold, before, None, FALLBACK, COLUMN_CHUNK
+            )
+            _row_scales(
+                row_block, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, 127.0, a_limit,
+                a_scale, None, FALLBACK, False, B, COLUMN_CHUNK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sum_columns(column_block, row_blocks, columns, column_sums, dbias, B: tl.constexpr, CHUNK: tl.constexpr):
+    c = column_block.to(tl.int64) * B + tl.arange(0, B)
+    total = tl.zeros([B], tl.float32)
+    for start in range(0, row_blocks, CHUNK):
+        m = start + tl.arange(0, CHUNK)
+        at = m.to(tl.int64)[:, None] * columns + c[None, :]
+        inside = (m < row_blocks)[:, None] & (c < columns)[None, :]
+        total += tl.sum(tl.load(column_sums + at, mask=inside, other=0.0), 0)
+    tl.store(dbias + c, total, mask=c < columns)

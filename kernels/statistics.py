@@ -1,0 +1,112 @@
+"""First read of a quantized tensor: AbsMax and weighted sums by row, by column and by block.
+
+AbsMax travels as the bit pattern of a non-negative float32 in an int32: it orders like the float, and an integer
+maximum keeps NaN (the largest patterns), which a float maximum on a GPU drops.
+
+All partial results have one value for each row of the operand and each block along its contraction, stored
+``[contraction blocks, rows]`` so that each program writes one contiguous piece and no atomics are needed: sums are the
+same in every run, as activation checkpointing needs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(x, row, column, rows, columns, stride_r, stride_c, B: tl.constexpr):
+    """The ``B×B`` block of ``x`` that begins at ``row`` and ``column``, float32, zero outside the matrix.
+
+    Only its first element's offset needs 64 bits: the launchers see to it that offsets within a block fit 32.
+    """
+    i = tl.arange(0, B)
+    inside = (i < rows - row)[:, None] & (i < columns - column)[None, :]
+    x += row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c
+    return tl.load(x + (i[:, None] * stride_r + i[None, :] * stride_c), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bit pattern of ``|x|``."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def matrix_statistics(
+    x,
+    amax,  # int32 [QB, R], or None
+    weight,  # float32 [QB, R]: sum of |x|, or None
+    block_amax,  # int32 [RB, QB]
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    B: tl.constexpr,
+):
+    """Statistics of one ``B×B`` block of ``x [R, Q]``."""
+    pid = tl.program_id(0)
+    column_blocks = tl.cdiv(columns, B)
+    row_block = pid // column_blocks
+    column_block = pid % column_blocks
+    tile = load_tile(x, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B)
+    by_row = tl.max(magnitude_bits(tile), 1)
+    r = row_block * B + tl.arange(0, B)
+    out = column_block.to(tl.int64) * rows + r
+    if amax is not None:
+        tl.store(amax + out, by_row, mask=r < rows)
+    if weight is not None:
+        tl.store(weight + out, tl.sum(tl.abs(tile), 1), mask=r < rows)
+    if block_amax is not None:
+        tl.store(block_amax + pid, tl.max(by_row, 0))
+
+
+@triton.jit
+def gradient_statistics(
+    dy,
+    row_fold,  # s, float32 [M], or None: no G
+    row_int_max,  # float32 [M]
+    column_fold,  # t, float32 [N], or None: no A
+    a_amax,  # int32 [NB, M]
+    a_weight,  # float32 [NB, M]: sum of |A|, or None
+    a_block_amax,  # int32 [MB, NB]
+    g_amax,  # int32 [MB, N]
+    g_weight,  # float32 [MB, N]: sum of |G|·int_max
+    g_block_amax,  # int32 [NB, MB]
+    int_sums,  # float32 [MB]: sums of int_max
+    column_sums,  # float32 [MB, N]: sums of dY, or None: no bias gradient
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    B: tl.constexpr,
+):
+    """Statistics of one ``B×B`` block of ``dy [M, N]`` in both directions: of ``A = dY·t`` and ``G = (dY·s)ᵀ``."""
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(rows, B)
+    column_blocks = tl.cdiv(columns, B)
+    row_block = pid // column_blocks
+    column_block = pid % column_blocks
+    tile = load_tile(dy, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B)
+    r = row_block * B + tl.arange(0, B)
+    c = column_block * B + tl.arange(0, B)
+    a_out = column_block.to(tl.int64) * rows + r
+    g_out = row_block.to(tl.int64) * columns + c
+    if column_fold is not None:
+        a = tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]
+        by_row = tl.max(magnitude_bits(a), 1)
+        tl.store(a_amax + a_out, by_row, mask=r < rows)
+        tl.store(a_block_amax + pid, tl.max(by_row, 0))
+        if a_weight is not None:
+            tl.store(a_weight + a_out, tl.sum(tl.abs(a), 1), mask=r < rows)
+    if row_fold is not None:
+        g = tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]
+        by_column = tl.max(magnitude_bits(g), 0)
+        tl.store(g_amax + g_out, by_column, mask=c < columns)
+        tl.store(g_block_amax + column_block * row_blocks + row_block, tl.max(by_column, 0))
+        int_max = tl.load(row_int_max + r, mask=r < rows, other=0.0)
+        tl.store(g_weight + g_out, tl.sum(tl.abs(g) * int_max[:, None], 0), mask=c < columns)
+        if column_block == 0:
+            tl.store(int_sums + row_block, tl.sum(int_max, 0))
+    if column_sums is not None:
+        tl.store(column_sums + g_out, tl.sum(tile, 0), mask=c < columns)

@@ -1,0 +1,62 @@
+"""Compiles the quantize kernels as their launchers launch them; prints a line a kernel and fails if one does not fit.
+
+``python -m tests.kernels.compile_quantize``: all architectures, blocks and kernels, in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lightning_int8.kernels import quantize
+from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
+
+
+def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, transposed: bool, ragged: bool) -> None:
+    """Every launcher once."""
+    rows, columns = (4 * block, 6 * block) if not ragged else (3 * block + 5, 2 * block + 9)
+    x = torch.empty(columns, rows, dtype=dtype).t() if transposed else torch.empty(rows, columns, dtype=dtype)
+    state = torch.zeros(3, 4)
+    capacity = 5 if fallback else 0
+    quantize.quantize_row(x, state, 0, 0.2, capacity, block, True, not transposed)
+    quantize.quantize_block(x, state, 0, 0.2, capacity, block, True, True, stochastic)
+    s, t = torch.empty(rows), torch.empty(columns)
+    quantize.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
+
+
+def main() -> int:
+    """Compiles and prints; the number of kernels that spill or do not fit."""
+    cases = []
+    for capability in SHARED_MEMORY:
+        cases += [(capability, 128, torch.bfloat16, True, True, False, False)]
+    for capability in (80, 90):
+        cases += [(capability, 128, torch.bfloat16, True, False, False, False)]
+        cases += [(capability, 32, torch.bfloat16, True, True, False, False)]
+        cases += [(capability, 64, torch.float16, True, True, False, False)]
+        cases += [(capability, 128, torch.float64, True, True, False, True)]
+        cases += [(capability, 128, torch.float32, False, False, True, False)]
+    wrong = 0
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for capability, block, *rest in cases:
+            with Recorder() as recorder:
+                launch(block, *rest)
+            for kernel, arguments, options in recorder.launches:
+                compiled = compile_for(kernel, arguments, options, capability)
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                used = resources(compiled, Path(folder))
+                fits = used["SHARED"] <= SHARED_MEMORY[capability] and used["LOCAL"] == 0 and used["STACK"] == 0
+                wrong += not fits
+                name = kernel.__name__
+                print(f"sm_{capability:<3} {name:20} {block:3} {rest[0]} warps {options['num_warps']} {used}", fits)
+    print(f"{len(seen)} kernels, {wrong} that spill or do not fit")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
