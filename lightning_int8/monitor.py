@@ -250,6 +250,7 @@ class FallbackRateMonitor(pl.Callback):
                 cmap="viridis",
                 interpolation="nearest",
             )
+            panel.set_facecolor("lightgrey")
             panel.set_title(operand)
             panel.set_xlabel("optimizer step")
             ticks = _spread(len(self.steps), 6)
@@ -259,7 +260,8 @@ class FallbackRateMonitor(pl.Callback):
             panel.set_yticks(rows, [self.labels[columns[row]][0] for row in rows], fontsize=5)
             if panel is not panels[0]:
                 panel.tick_params(labelleft=False)
-        figure.colorbar(image, ax=list(panels), label="fallback rate")
+        assert image is not None
+        figure.colorbar(image, ax=list(panels), label="fallback rate (grey: no blocks seen)")
         figure.savefig(path)
 
     def table(self, count: int = 5) -> Table:

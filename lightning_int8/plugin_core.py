@@ -56,6 +56,7 @@ class Int8PluginCore:
         self.scaler: Any = None
         self.report: ConversionReport | None = None
         self._modules: list[nn.Module] = []
+        self._stepped_states: list[FallbackState] | None = None
         self._outer: Any = None
         self._bound_to: tuple[str, bool] = ("", False)
         self._pending_thresholds: dict[str, Any] | None = None
@@ -74,6 +75,7 @@ class Int8PluginCore:
     def _convert(self, module: nn.Module) -> None:
         report = convert_to_int8(module, self.recipe, self.ignore_modules)
         self.report = report
+        self._stepped_states = None
         if all(module is not known for known in self._modules):
             self._modules.append(module)
         if report.newly_converted:
@@ -166,7 +168,10 @@ class Int8PluginCore:
         """
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         result = step()
-        states = self._states().values()
+        if self._stepped_states is None:
+            # Walking a large model's modules after every step would cost more than moving its thresholds.
+            self._stepped_states = list(self._states().values())
+        states = self._stepped_states
         factor = 1.0 if self.scaler is None or not scale else self.scaler.get_scale() / scale
         if factor < 1.0:
             for state in states:

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -42,8 +42,10 @@ class Sharded(TinyModule):
             fully_shard(self.model, mesh=mesh)
 
 
-def fit(folder: Path, model: TinyModule, strategy: Any, **kwargs: Any) -> tuple[pl.Trainer, FallbackInt8Precision]:
-    plugin = FallbackInt8Precision(RECIPE, precision="32-true")
+def fit(
+    folder: Path, model: TinyModule, strategy: Any, precision: Any = "32-true", **kwargs: Any
+) -> tuple[pl.Trainer, FallbackInt8Precision]:
+    plugin = FallbackInt8Precision(RECIPE, precision=precision)
     run = trainer(folder, plugin=plugin, strategy=strategy, devices=2, **kwargs)
     run.fit(model)
     return run, plugin
@@ -83,7 +85,36 @@ def fsdp2(folder: Path) -> dict[str, Any]:
     }
 
 
+class CpuFSDPStrategy(FSDPStrategy):
+    """FSDP1, which Lightning offers on accelerators only, on the CPU."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(
+            model, mixed_precision=self.mixed_precision_config, device_id=device, **self.kwargs
+        )
+
+
+class ClippedNorms(pl.Callback):
+    """The gradient norm over all shards after Lightning has clipped it."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if any(parameter.grad is not None for parameter in pl_module.parameters()):
+            self.norms.append(trainer.strategy.model.clip_grad_norm_(1e9).item())
+
+
 def fsdp1(folder: Path) -> dict[str, Any]:
+    model, clipped = TinyModule(steps=6), ClippedNorms()
+    strategy = CpuFSDPStrategy(auto_wrap_policy={Block}, process_group_backend="gloo", state_dict_type="full")
+    run, plugin = fit(folder, model, strategy, gradient_clip_val=0.01, precision="bf16-mixed", callbacks=[clipped])
+    assert isinstance(run.strategy.model, FullyShardedDataParallel)
+    return {"thresholds": plugin.state_dict()["thresholds"], "losses": model.losses, "norms": clipped.norms}
+
+
+def plain_fsdp1(folder: Path) -> dict[str, Any]:
     torch.manual_seed(1)
     model = TinyModel()
     convert_to_int8(model, RECIPE)
@@ -134,7 +165,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for scenario in (ddp, fsdp2, fsdp1, fabric_ddp, clipping):
+    for scenario in (ddp, fsdp2, fsdp1, plain_fsdp1, fabric_ddp, clipping):
         results[scenario.__name__] = scenario(folder / scenario.__name__)
         dist.barrier()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

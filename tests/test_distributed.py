@@ -57,7 +57,7 @@ def tables(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: layer["tensor"] if isinstance(layer, dict) else layer for name, layer in state.items()}
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "fabric_ddp"])
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "plain_fsdp1", "fabric_ddp"])
 def test_thresholds_are_identical_on_every_rank(ranks, scenario):
     first, second = (tables(rank[scenario]["thresholds"]) for rank in ranks)
     assert len(first) == 5
@@ -88,11 +88,11 @@ def test_fsdp2_layers_keep_both_classes(ranks):
 
 
 def test_names_are_those_of_the_plain_model(ranks):
-    assert set(ranks[0]["fsdp1"]["thresholds"]) == {
+    assert set(ranks[0]["plain_fsdp1"]["thresholds"]) == {
         *(f"layers.{i}.{p}_proj" for i in range(2) for p in ("up", "down")),
         "lm_head",
     }
-    assert ranks[0]["fsdp1"]["is_fsdp1"] is True
+    assert ranks[0]["plain_fsdp1"]["is_fsdp1"] is True
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2"])
@@ -111,6 +111,13 @@ def test_only_rank_zero_writes_and_every_rank_measures_the_same(ranks):
     logs = [(ranks[0]["folder"] / f"rank{rank}.log").read_text() for rank in range(2)]
     assert "INT8 linear layers" in logs[0]
     assert "INT8 linear layers" not in logs[1]
+
+
+def test_fsdp1_clips_the_norm_over_all_shards(ranks):
+    norms = ranks[0]["fsdp1"]["norms"]
+    assert norms == ranks[1]["fsdp1"]["norms"]
+    assert norms
+    assert all(0.005 < norm <= 0.0102 for norm in norms)
 
 
 def test_clipping_dtensors_beside_plain_tensors(ranks):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
@@ -290,9 +291,10 @@ def test_a_checkpoint_of_other_layers_or_another_recipe_is_an_error(tmp_path):
         trainer(tmp_path, plugin=plugin()).fit(TinyModule(), ckpt_path=path)
 
 
+@pytest.mark.skipif(not hasattr(lightning_callbacks, "WeightAveraging"), reason="needs lightning 2.6")
 def test_weight_averaging(tmp_path):
     model = TinyModule()
-    average = WeightAveraging()
+    average = lightning_callbacks.WeightAveraging()
     run = trainer(tmp_path, plugin=plugin(), callbacks=[average], max_epochs=2)
     run.fit(model)
     assert len(model.losses) == 6
@@ -301,6 +303,29 @@ def test_weight_averaging(tmp_path):
     run.fit_loop.max_epochs = 3
     run.fit(model)
     assert len(model.losses) == 9
+
+
+def test_compiled_submodules_neither_break_nor_recompile(tmp_path):
+    class Frames(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, frames = TinyModule(steps=4), Frames()
+    frames.frames = []
+    model.model = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    # Evaluation is a graph of its own.
+    options = {"callbacks": [frames, FarThresholds()], "limit_val_batches": 0}
+    trainer(tmp_path, plugin=plugin(ignore_modules=["layers.0.up_proj"]), **options).fit(model)
+    assert frames.frames == [1, 1, 1, 1]
+    assert set(fallback_states(model)) == {
+        "model.layers.0.down_proj",
+        "model.layers.1.up_proj",
+        "model.layers.1.down_proj",
+        "model.lm_head",
+    }
+    assert updates(model) == {4}
 
 
 def test_tied_weights_train_as_one(tmp_path):
