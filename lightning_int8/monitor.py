@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,10 @@ class FallbackRateMonitor(pl.Callback):
 
     Every ``every_n_steps`` optimizer steps the Trainer's loggers get, for each layer and operand,
     ``fallback_rate/<layer>/<operand>`` (mean over those steps) and ``fallback_threshold/<layer>/<operand>``, and
-    ``fallback_rate/mean``. Other steps only add on the device, without waiting for it. When training ends (also by an
-    error) ``fallback_rate.csv`` and ``fallback_rate.png`` (layers by steps, one panel an operand) are written, and a
-    table of the extremes is printed.
+    ``fallback_rate/mean``. An operand that saw no blocks has no entry: the gradient of a first layer's input, or the
+    input of a layer whose sibling quantizes it for both. Other steps only add on the device, without waiting for it.
+    When training ends (also by an error) ``fallback_rate.csv`` and ``fallback_rate.png`` (layers by steps, one panel an
+    operand) are written, and a table of the extremes is printed.
 
     Args:
         every_n_steps: Optimizer steps between two log entries, at least 1.
@@ -188,6 +190,8 @@ class FallbackRateMonitor(pl.Callback):
         self._entries.append(entry)
         metrics = {"fallback_rate/mean": float(entry[0].nanmean())}
         for (layer, operand), rate, threshold in zip(self.labels, *entry.tolist(), strict=True):
+            if math.isnan(rate):
+                continue
             metrics[f"fallback_rate/{layer}/{operand}"] = rate
             metrics[f"fallback_threshold/{layer}/{operand}"] = threshold
         for logger in trainer.loggers:
@@ -222,12 +226,14 @@ class FallbackRateMonitor(pl.Callback):
             Console().print(self.table())
 
     def write_csv(self, path: str | Path) -> None:
-        """Writes one line for each entry, layer and operand: ``step, layer, operand, rate, threshold``."""
+        """Writes ``step, layer, operand, rate, threshold`` lines; none for an operand that saw no blocks."""
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "layer", "operand", "rate", "threshold"])
             for step, rates, thresholds in zip(self.steps, self.rates.tolist(), self.thresholds.tolist(), strict=True):
                 for (layer, operand), rate, threshold in zip(self.labels, rates, thresholds, strict=True):
+                    if math.isnan(rate):
+                        continue
                     writer.writerow([step, layer, operand, f"{rate:.6g}", f"{threshold:.6g}"])
 
     def draw(self, path: str | Path) -> None:
@@ -235,11 +241,12 @@ class FallbackRateMonitor(pl.Callback):
         from matplotlib.figure import Figure
 
         operands = list(dict.fromkeys(operand for _, operand in self.labels))
-        layers = max(sum(operand == wanted for _, operand in self.labels) for wanted in operands)
-        size = (2.0 + 4.5 * len(operands), max(3.0, min(30.0, 1.5 + 0.16 * layers)))
+        rows = max(sum(operand == wanted for _, operand in self.labels) for wanted in operands)
+        size = (2.0 + 4.5 * len(operands), max(3.0, min(30.0, 1.5 + 0.16 * rows)))
         figure = Figure(figsize=size, layout="constrained", dpi=120)
         panels = figure.subplots(1, len(operands), squeeze=False)[0]
         image = None
+        first_layers: list[str] = []
         for panel, operand in zip(panels, operands, strict=True):
             columns = [index for index, label in enumerate(self.labels) if label[1] == operand]
             image = panel.imshow(
@@ -256,10 +263,11 @@ class FallbackRateMonitor(pl.Callback):
             ticks = _spread(len(self.steps), 6)
             panel.set_xticks(ticks, [str(self.steps[tick]) for tick in ticks])
             # Names at every row up to what fits, on the first panel only unless the panels differ.
-            rows = _spread(len(columns), 150)
-            panel.set_yticks(rows, [self.labels[columns[row]][0] for row in rows], fontsize=5)
-            if panel is not panels[0]:
-                panel.tick_params(labelleft=False)
+            marked = _spread(len(columns), 150)
+            panel.set_yticks(marked, [self.labels[columns[row]][0] for row in marked], fontsize=5)
+            layers = [self.labels[column][0] for column in columns]
+            first_layers = layers if panel is panels[0] else first_layers
+            panel.tick_params(labelleft=panel is panels[0] or layers != first_layers)
         assert image is not None
         figure.colorbar(image, ax=list(panels), label="fallback rate (grey: no blocks seen)")
         figure.savefig(path)

@@ -29,6 +29,8 @@ from lightning_int8 import (
 from lightning_int8.plugin_core import _is_fsdp1, clip_grad_norm
 from tests.tiny import BATCH, RECIPE, Block, TinyModel, TinyModule, batches, thresholds, trainer
 
+CLIP = 0.1
+
 
 class Sharded(TinyModule):
     """FSDP2: every linear, every block and the root are sharded before the plugin sees them."""
@@ -54,7 +56,9 @@ def fit(
 def ddp(folder: Path) -> dict[str, Any]:
     model = TinyModule(steps=6)
     monitor = FallbackRateMonitor(every_n_steps=2)
-    run, plugin = fit(folder, model, DDPStrategy(process_group_backend="gloo"), callbacks=[monitor])
+    run, plugin = fit(
+        folder, model, DDPStrategy(process_group_backend="gloo"), callbacks=[monitor], gradient_clip_val=CLIP
+    )
     run.save_checkpoint(folder / "ddp.ckpt")
     state = plugin.state_dict()["thresholds"]
     # A layer that has not run on one rank takes the other's threshold, and the ranks' reductions still match.
@@ -73,7 +77,7 @@ def ddp(folder: Path) -> dict[str, Any]:
 def fsdp2(folder: Path) -> dict[str, Any]:
     model = Sharded(steps=6)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    run, plugin = fit(folder, model, strategy, gradient_clip_val=0.1)
+    run, plugin = fit(folder, model, strategy, gradient_clip_val=CLIP)
     classes = {name: [c.__name__ for c in type(m).__mro__][:4] for name, m in model.model.named_modules()}
     run.save_checkpoint(folder / "fsdp2.ckpt")
     run.validate(model, verbose=False)
@@ -106,12 +110,16 @@ class ClippedNorms(pl.Callback):
             self.norms.append(trainer.strategy.model.clip_grad_norm_(1e9).item())
 
 
-def fsdp1(folder: Path) -> dict[str, Any]:
+def fsdp1(folder: Path, precision: str = "32-true") -> dict[str, Any]:
     model, clipped = TinyModule(steps=6), ClippedNorms()
     strategy = CpuFSDPStrategy(auto_wrap_policy={Block}, process_group_backend="gloo", state_dict_type="full")
-    run, plugin = fit(folder, model, strategy, gradient_clip_val=0.01, precision="bf16-mixed", callbacks=[clipped])
+    run, plugin = fit(folder, model, strategy, precision, gradient_clip_val=CLIP, callbacks=[clipped])
     assert isinstance(run.strategy.model, FullyShardedDataParallel)
     return {"thresholds": plugin.state_dict()["thresholds"], "losses": model.losses, "norms": clipped.norms}
+
+
+def fsdp1_bf16(folder: Path) -> dict[str, Any]:
+    return fsdp1(folder, "bf16-mixed")
 
 
 def plain_fsdp1(folder: Path) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for scenario in (ddp, fsdp2, fsdp1, plain_fsdp1, fabric_ddp, clipping):
+    for scenario in (ddp, fsdp2, fsdp1, fsdp1_bf16, plain_fsdp1, fabric_ddp, clipping):
         results[scenario.__name__] = scenario(folder / scenario.__name__)
         dist.barrier()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

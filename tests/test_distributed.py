@@ -57,7 +57,7 @@ def tables(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: layer["tensor"] if isinstance(layer, dict) else layer for name, layer in state.items()}
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "plain_fsdp1", "fabric_ddp"])
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "fsdp1_bf16", "plain_fsdp1", "fabric_ddp"])
 def test_thresholds_are_identical_on_every_rank(ranks, scenario):
     first, second = (tables(rank[scenario]["thresholds"]) for rank in ranks)
     assert len(first) == 5
@@ -78,8 +78,14 @@ def test_ranks_saw_different_batches_and_hold_the_same_weights(ranks, scenario):
     assert_same(ranks[0][scenario]["weights"], ranks[1][scenario]["weights"])
 
 
-def test_ddp_and_fsdp2_see_the_same_first_losses(ranks):
-    assert ranks[0]["ddp"]["losses"][0] == ranks[0]["fsdp2"]["losses"][0]
+@pytest.mark.parametrize("scenario", ["fsdp2", "fsdp1"])
+def test_sharding_gives_the_losses_of_ddp(ranks, scenario):
+    for rank in ranks:
+        assert rank[scenario]["losses"] == pytest.approx(rank["ddp"]["losses"], rel=1e-5)
+
+
+def test_fsdp1_under_autocast_follows_float32(ranks):
+    assert ranks[0]["fsdp1_bf16"]["losses"] == pytest.approx(ranks[0]["ddp"]["losses"], rel=0.02)
 
 
 def test_fsdp2_layers_keep_both_classes(ranks):
@@ -117,7 +123,7 @@ def test_fsdp1_clips_the_norm_over_all_shards(ranks):
     norms = ranks[0]["fsdp1"]["norms"]
     assert norms == ranks[1]["fsdp1"]["norms"]
     assert norms
-    assert all(0.005 < norm <= 0.0102 for norm in norms)
+    assert all(0.05 < norm <= 0.1001 for norm in norms)
 
 
 def test_clipping_dtensors_beside_plain_tensors(ranks):

@@ -429,3 +429,66 @@ def test_the_summary_is_logged_once(tmp_path, caplog, capsys):
 
 def test_state_before_any_fit_is_empty():
     assert plugin().state_dict() == {"recipe": RECIPE.describe(), "thresholds": {}}
+
+
+class ShardedModule(TinyModule):
+    """As FSDP2's users write it."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.model, FSDPModule):
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.fixture
+def _process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize(
+    ("strategy", "precision", "scaler"),
+    [
+        ("auto", "bf16-mixed", None),
+        ("auto", "bf16-true", None),
+        ("auto", "16-mixed", "GradScaler"),
+        ("fsdp", "bf16-mixed", None),
+        ("fsdp", "16-mixed", "ShardedGradScaler"),
+        ("fsdp2", "bf16-mixed", None),
+    ],
+)
+def test_on_a_gpu(tmp_path, strategy, precision, scaler):
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    from tests.tiny import Block
+
+    model = ShardedModule(steps=8) if strategy == "fsdp2" else TinyModule(steps=8)
+    strategies = {
+        "auto": lambda: "auto",
+        "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Block}),
+        "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
+    }
+    own = plugin(precision=precision)
+    run = trainer(tmp_path, plugin=own, accelerator="gpu", strategy=strategies[strategy](), gradient_clip_val=1.0)
+    run.fit(model)
+    assert (type(own.scaler).__name__ if own.scaler else None) == scaler
+    assert model.losses[-1] < model.losses[0]
+    assert all(table.device.type == "cuda" for table in thresholds(model).values())
+    run.validate(model, verbose=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_process_group")
+def test_fsdp2_with_16_mixed_is_refused(tmp_path):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    run = trainer(tmp_path, plugin=plugin(precision="16-mixed"), accelerator="gpu", strategy=strategy)
+    with pytest.raises(ValueError, match="cannot scale the gradients of DTensor parameters"):
+        run.fit(ShardedModule())
