@@ -1,0 +1,143 @@
+"""Times one training step, INT8 against BF16 in the same run: compiled, AdamW fused, everything included.
+
+`python -m benchmarks.train_step --model 1b --recipes row block --json docs/results/step.json`
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.nn import functional as F
+
+from examples.llama import Llama, LlamaConfig
+from lightning_int8 import convert_to_int8, update_thresholds
+
+MODELS = {
+    "125m": LlamaConfig(
+        vocab_size=16384, dim=768, n_layers=14, n_heads=12, n_kv_heads=4, ffn_dim=2304, max_seq_len=1024
+    ),
+    "1b": LlamaConfig(
+        vocab_size=32768, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim=8192, max_seq_len=2048
+    ),
+    "8b-6layers": LlamaConfig(
+        vocab_size=32768, dim=4096, n_layers=6, n_heads=32, n_kv_heads=8, ffn_dim=14336, max_seq_len=2048
+    ),
+}
+
+
+def measure(config: LlamaConfig, recipe: str | None, tokens: int, steps: int, compiled: bool, profile: bool) -> dict:
+    """Median milliseconds of a step, peak GiB and last loss; ``recipe`` ``None`` is BF16 mixed precision."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Llama(config)
+    if recipe is not None:
+        convert_to_int8(model, recipe, ignore_modules=["lm_head"] if hasattr(model, "lm_head") else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+    batch = tokens // config.max_seq_len
+    ids = torch.randint(config.vocab_size, (batch, config.max_seq_len + 1), device="cuda")
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = forward(ids[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if recipe is not None:
+            update_thresholds(model)
+        return loss
+
+    name = recipe or "bf16"
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in track(range(steps), description=name):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        loss = step()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    result = {
+        "name": name,
+        "ms": statistics.median(start.elapsed_time(end) for start, end in times),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": loss.item(),
+    }
+    if profile:
+        result["kernels"] = kernel_times(step)
+    return result
+
+
+def kernel_times(step, runs: int = 2) -> dict[str, float]:
+    """Milliseconds of GPU time a step by kernel name, largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        times[event.key[:90]] += event.self_device_time_total / 1e3 / runs
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:25])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(MODELS), default="1b")
+    parser.add_argument("--recipes", nargs="*", default=["row"])
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens a step")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after 3 of warm-up")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    console = Console(width=140)
+    results = []
+    for recipe in [None, *args.recipes]:
+        results.append(measure(MODELS[args.model], recipe, args.tokens, args.steps, not args.eager, args.profile))
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    base = results[0]
+    mode = "eager" if args.eager else "compiled"
+    table = Table(title=f"{args.model}, {args.tokens} tokens, {mode}, {torch.cuda.get_device_name()}")
+    for column in ("precision", "ms a step", "speed-up", "peak GiB", "memory", "loss"):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            r["name"],
+            f"{r['ms']:.1f}",
+            f"{base['ms'] / r['ms']:.2f}×",
+            f"{r['peak_gib']:.1f}",
+            f"{r['peak_gib'] / base['peak_gib']:.2f}×",
+            f"{r['loss']:.3f}",
+        )
+    console.print(table)
+    for r in results:
+        for kernel, ms in r.get("kernels", {}).items():
+            console.print(f"{r['name']:>8} {ms:9.2f} ms  {kernel}", highlight=False)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "device": torch.cuda.get_device_name(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "arguments": {k: str(v) for k, v in vars(args).items()},
+        }
+        args.json.write_text(json.dumps({**header, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
