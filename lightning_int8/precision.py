@@ -26,6 +26,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
     clipping and activation checkpointing. Checkpoints hold the model under its usual keys, and the plugin's thresholds
     under ``"FallbackInt8Precision"``.
 
+    Thresholds move once after each optimizer step. Where the gradient scaler of "16-mixed" skips a step they stay, and
+    what was counted is dropped.
+
     Leave out ``Trainer(precision=...)``: the plugin takes the outer precision itself.
 
     Args:
