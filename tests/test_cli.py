@@ -11,6 +11,9 @@ import pytest
 
 from lightning_int8.cli import main
 
+# It compares with sys.argv, which is pytest's here.
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
 PLUGIN = """
     class_path: lightning_int8.FallbackInt8Precision
     init_args: {precision: bf16-mixed, ignore_modules: [lm_head], recipe: %s}
