@@ -148,21 +148,24 @@ def int8_linear(
     flat = x.reshape(-1, x.shape[-1])
     # The wgrad contracts over tokens, and its INT32 bound holds up to this many; autograd sums the pieces.
     pieces = flat.split(MAX_WGRAD_TOKENS) if flat.shape[0] > MAX_WGRAD_TOKENS else (flat,)
+    wgrad = needs[1] and recipe.wgrad
+    # Siblings share the planes of a tensor that is quantized whole.
+    key = (recipe, update_state, x.dtype) if len(pieces) == 1 else None
     outs = []
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         for piece in pieces:
             if flat.shape[0] == 0:
                 outs.append(F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
                 continue
-            wgrad = needs[1] and recipe.wgrad
             planes = None
             if recipe.forward or wgrad:
-                planes = shared_planes(source, recipe, update_state, wgrad) if len(pieces) == 1 else None
+                planes = shared_planes(source, key, wgrad) if key else None
                 if planes is None:
                     planes = scheme_of(recipe).quantize_input(
                         piece.detach(), weight.detach(), forward_state, update_state, wgrad, backend
                     )
-                    leave_planes(source, recipe, update_state, planes)
+                    if key:
+                        leave_planes(source, key, planes)
             outs.append(
                 _Int8Linear.apply(piece, weight, bias, planes, backward_state, update_state, recipe, backend, needs)
             )

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_int8.recipe import Int8Recipe
 from lightning_int8.schemes import QuantizedInput
 
 
@@ -45,23 +44,29 @@ def share_inputs(groups: Iterable[nn.Module]) -> None:
             group.register_forward_hook(_close_window)
 
 
-def shared_planes(source: Tensor, recipe: Int8Recipe, update: bool, wgrad: bool) -> QuantizedInput | None:
-    """What an earlier linear of this window left behind for ``source``, if it serves this one too."""
+def shared_planes(source: Tensor, key: tuple[Any, ...], wgrad: bool) -> QuantizedInput | None:
+    """What an earlier linear of this window left behind for ``source``, if it serves this one too.
+
+    Args:
+        source: The linear's input, as its caller passed it.
+        key: Whatever else the planes depend on: recipe, whether thresholds may move, the dtype under autocast.
+        wgrad: Whether the transposed planes are needed.
+    """
     window = _WINDOW
     if not window.open or window.source is not source or window.planes is None:
         return None
-    if window.key != (recipe, update) or (wgrad and not window.planes.saved) or window.version != _version(source):
+    if window.key != key or (wgrad and not window.planes.saved) or window.version != _version(source):
         return None
     return window.planes
 
 
-def leave_planes(source: Tensor, recipe: Int8Recipe, update: bool, planes: QuantizedInput) -> None:
+def leave_planes(source: Tensor, key: tuple[Any, ...], planes: QuantizedInput) -> None:
     """Leaves the planes of ``source`` for the next linears of this window, if one is open."""
     window = _WINDOW
     # LLM.int8()'s remainder belongs to one weight.
     if window.open and planes.remainder is None:
         window.source, window.planes = source, planes
-        window.key, window.version = (recipe, update), _version(source)
+        window.key, window.version = key, _version(source)
 
 
 def _version(source: Tensor) -> int:

@@ -66,7 +66,7 @@ def test_gradients_equal_the_reference_and_are_near_float64(backend, recipe, sha
     ):
         # Row scaling is exact integers; block scaling may round its float32 sums in another order.
         assert_close(f"{name} against the reference", reference, value, 45)
-        assert sqnr_db(truth, value) > sqnr_db(truth, reference) - 0.1, name
+        assert sqnr_db(truth, value) >= sqnr_db(truth, reference) - 0.1, name
     if states[backend] is not None:
         assert torch.equal(states[backend].nan_to_num(-1), states["reference"].nan_to_num(-1))
 
