@@ -45,7 +45,7 @@ STAGES = 4
 # Tiles are visited in groups of this many rows of tiles, so that CTAs running at a time share operands in L2.
 GROUP = 8
 # Registers per thread of the second consumer and the producer; the first consumer gets the rest, as many as the second.
-REGISTERS = (232, 40)
+REGISTERS = (232, 32)
 
 
 @gluon.jit
@@ -85,12 +85,22 @@ def _acquire(it, full, empty, size: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    stage = _acquire(it, full, empty, 3 * BLOCK * BLOCK, STAGES)
+    bar = full.index(stage)
+    tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
+    for side in gl.static_range(2):
+        at = [(2 * pn + side) * BLOCK, k * BLOCK]
+        tma.async_copy_global_to_shared(b_desc, at, bar, b_bufs.index(2 * stage + side))
+
+
+@gluon.jit
 def _producer(
     a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m, tiles_n,
     blocks_n, depth, HIGH_HIGH: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """For each tile: ``high·high`` by halves, ``high·low`` of both, ``low·high`` by halves, ``low·low`` of both."""
+    """For each tile, by halves: ``high·high``, ``low·high``; then whole: ``low·low`` with ``high·low``, ``low·low``."""
     BYTES: gl.constexpr = BLOCK * BLOCK
     it = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -99,53 +109,89 @@ def _producer(
             a_flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
         if HIGH_HIGH:
             for half in range(2):
-                both = a_flags & (_slot_row(b_slot_ptr, 2 * pn + half, blocks_n, depth, DEPTH) >= 0)
+                b_row = 2 * pn + half
+                both = a_flags & (_slot_row(b_slot_ptr, b_row, blocks_n, depth, DEPTH) >= 0)
                 k = _next(both, -1, DEPTH)
                 while k < DEPTH:
                     a_at = gl.load(a_slot_ptr + pm * depth + k) * BLOCK
-                    b_at = gl.load(b_slot_ptr + (2 * pn + half) * depth + k) * BLOCK
+                    b_at = gl.load(b_slot_ptr + b_row * depth + k) * BLOCK
                     stage = _acquire(it, full, empty, 2 * BYTES, STAGES)
                     bar = full.index(stage)
                     tma.async_copy_global_to_shared(a_high_desc, [a_at, 0], bar, a_bufs.index(stage))
                     tma.async_copy_global_to_shared(b_high_desc, [b_at, 0], bar, b_bufs.index(2 * stage))
                     it += 1
                     k = _next(both, k, DEPTH)
-        if a_slot_ptr is not None:
-            k = _next(a_flags, -1, DEPTH)
-            while k < DEPTH:
-                a_at = gl.load(a_slot_ptr + pm * depth + k) * BLOCK
-                stage = _acquire(it, full, empty, 3 * BYTES, STAGES)
-                bar = full.index(stage)
-                tma.async_copy_global_to_shared(a_high_desc, [a_at, 0], bar, a_bufs.index(stage))
-                for side in gl.static_range(2):
-                    b_at = (2 * pn + side) * BLOCK
-                    tma.async_copy_global_to_shared(b_desc, [b_at, k * BLOCK], bar, b_bufs.index(2 * stage + side))
-                it += 1
-                k = _next(a_flags, k, DEPTH)
         if b_slot_ptr is not None:
             for half in range(2):
-                b_flags = _slot_row(b_slot_ptr, 2 * pn + half, blocks_n, depth, DEPTH) >= 0
+                b_row = 2 * pn + half
+                b_flags = _slot_row(b_slot_ptr, b_row, blocks_n, depth, DEPTH) >= 0
                 k = _next(b_flags, -1, DEPTH)
                 while k < DEPTH:
-                    b_at = gl.load(b_slot_ptr + (2 * pn + half) * depth + k) * BLOCK
+                    b_at = gl.load(b_slot_ptr + b_row * depth + k) * BLOCK
                     stage = _acquire(it, full, empty, 2 * BYTES, STAGES)
                     bar = full.index(stage)
                     tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
                     tma.async_copy_global_to_shared(b_high_desc, [b_at, 0], bar, b_bufs.index(2 * stage))
                     it += 1
                     k = _next(b_flags, k, DEPTH)
-        for k in range(depth):
-            stage = _acquire(it, full, empty, 3 * BYTES, STAGES)
-            bar = full.index(stage)
-            tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
-            for side in gl.static_range(2):
-                b_at = (2 * pn + side) * BLOCK
-                tma.async_copy_global_to_shared(b_desc, [b_at, k * BLOCK], bar, b_bufs.index(2 * stage + side))
-            it += 1
+        if a_slot_ptr is None:
+            for k in range(depth):
+                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
+                it += 1
+        else:
+            k = _next(a_flags, -1, DEPTH)
+            while k < DEPTH:
+                a_at = gl.load(a_slot_ptr + pm * depth + k) * BLOCK
+                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
+                stage = _acquire(it + 1, full, empty, BYTES, STAGES)
+                tma.async_copy_global_to_shared(a_high_desc, [a_at, 0], full.index(stage), a_bufs.index(stage))
+                it += 2
+                k = _next(a_flags, k, DEPTH)
+            plain = (a_flags == 0) & (gl.arange(0, DEPTH, a_flags.type.layout) < depth)
+            k = _next(plain, -1, DEPTH)
+            while k < DEPTH:
+                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
+                it += 1
+                k = _next(plain, k, DEPTH)
 
 
 @gluon.jit
-def _multiply(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+def _wait_full(it, full, STAGES: gl.constexpr):
+    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+    return it % STAGES
+
+
+@gluon.jit
+def _product(a, b, like):
+    """Starts ``a @ bᵀ``, in INT32."""
+    zero = gl.full(like.shape, 0, gl.int32, like.type.layout)
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _multiply_a_high(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """Blocks whose high plane is ``a``'s: pairs of stages, low planes and high plane."""
+    for _ in range(n):
+        low, high = _wait_full(it, full, STAGES), (it + 1) % STAGES
+        a, b_left, b_right = a_bufs.index(low).slice(64 * WG, 64), b_bufs.index(2 * low), b_bufs.index(2 * low + 1)
+        right = warpgroup_mma(a, b_right.permute((1, 0)), right, is_async=True)
+        _wait_full(it + 1, full, STAGES)
+        a_high = a_bufs.index(high).slice(64 * WG, 64)
+        product = _product(a_high, b_left, left)
+        product, right = warpgroup_mma_wait(0, deps=(product, right))
+        left += product << 8
+        left = warpgroup_mma(a, b_left.permute((1, 0)), left, is_async=True)
+        product = _product(a_high, b_right, right)
+        product, left = warpgroup_mma_wait(0, deps=(product, left))
+        mbarrier.arrive(empty.index(low))
+        mbarrier.arrive(empty.index(high))
+        right += product << 8
+        it += 2
+    return left, right, it
+
+
+@gluon.jit
+def _multiply_half(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
     """``acc += a @ bᵀ`` over the ring's next ``n`` stages, for one half of the tile's width."""
     for k in range(n):
         stage = it % STAGES
@@ -161,8 +207,8 @@ def _multiply(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES:
 
 
 @gluon.jit
-def _multiply_both(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
-    """The same for both halves."""
+def _multiply_low(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """``low·low`` over the ring's next ``n`` stages, one of them in flight behind the one that is waited for."""
     for k in range(n):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -246,26 +292,26 @@ def _row_consumer(
         pm, pn = _tile(t, tiles_m, tiles_n, GROUP)
         left = gl.zeros((64, BLOCK), gl.int32, mma)
         right = gl.zeros((64, BLOCK), gl.int32, mma)
+        n = depth
         if a_slot_ptr is not None:
             a_flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
         if b_slot_ptr is not None:
             left_flags = _slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
             right_flags = _slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH) >= 0
             left_n, right_n = _count(left_flags), _count(right_flags)
-        if a_slot_ptr is not None and b_slot_ptr is not None:
-            n, m = _count(a_flags & left_flags), _count(a_flags & right_flags)
-            left, it = _multiply(left, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-            right, it = _multiply(right, m, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            if a_slot_ptr is not None:
+                both_n, other_n = _count(a_flags & left_flags), _count(a_flags & right_flags)
+                left, it = _multiply_half(left, both_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+                right, it = _multiply_half(right, other_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+                left, right = left << 8, right << 8
+            left, it = _multiply_half(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            right, it = _multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
             left, right = left << 8, right << 8
         if a_slot_ptr is not None:
-            n = _count(a_flags)
-            left, right, it = _multiply_both(left, right, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-        if b_slot_ptr is not None:
-            left, it = _multiply(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-            right, it = _multiply(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-        if a_slot_ptr is not None or b_slot_ptr is not None:
-            left, right = left << 8, right << 8
-        left, right, it = _multiply_both(left, right, depth, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            a_n = _count(a_flags)
+            n = depth - a_n
+            left, right, it = _multiply_a_high(left, right, a_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        left, right, it = _multiply_low(left, right, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
 
         row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
         r = row + gl.arange(0, 64, gl.SliceLayout(1, mma))
@@ -333,10 +379,15 @@ def _row_kernel(
 @gluon.jit
 def _add_scaled(acc, a, b, scale):
     """``acc + scale·(a @ bᵀ)``; the other consumer's product runs during the conversion."""
-    product = gl.zeros(acc.shape, gl.int32, acc.type.layout)
-    product = warpgroup_mma(a, b.permute((1, 0)), product, use_acc=False, is_async=True)
-    product = warpgroup_mma_wait(0, deps=(product,))
+    product = warpgroup_mma_wait(0, deps=(_product(a, b, acc),))
     return acc + product.to(gl.float32) * scale
+
+
+@gluon.jit
+def _block_scales(a_scales, left_scales, right_scales, k, depth):
+    """The scales of block ``k``, loaded one block ahead of their use (so ``k`` may have passed the last)."""
+    k = min(k, depth - 1)
+    return gl.load(a_scales + k), gl.load(left_scales + k), gl.load(right_scales + k)
 
 
 @gluon.jit
@@ -374,20 +425,6 @@ def _block_consumer(
         left_scales = b_scale_ptr + 2 * pn * depth
         # Past the last column block any scale does: what it multiplies is not stored.
         right_scales = b_scale_ptr + min(2 * pn + 1, blocks_n - 1) * depth
-        if a_slot_ptr is not None:
-            flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
-            k = _next(flags, -1, DEPTH)
-            while k < DEPTH:
-                scale = gl.load(a_scales + k) * (1.0 / RESIDUAL_STEPS)
-                left_scale, right_scale = scale * gl.load(left_scales + k), scale * gl.load(right_scales + k)
-                k = _next(flags, k, DEPTH)
-                stage = it % STAGES
-                mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-                a = a_bufs.index(stage).slice(64 * WG, 64)
-                left = _add_scaled(left, a, b_bufs.index(2 * stage), left_scale)
-                right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_scale)
-                mbarrier.arrive(empty.index(stage))
-                it += 1
         if b_slot_ptr is not None:
             flags = _slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
             left, it = _add_extra(
@@ -397,15 +434,33 @@ def _block_consumer(
             right, it = _add_extra(
                 right, flags, it, a_scales, right_scales, a_bufs, b_bufs, full, empty, RESIDUAL_STEPS, DEPTH, STAGES, WG
             )
-        a_scale, left_scale, right_scale = gl.load(a_scales), gl.load(left_scales), gl.load(right_scales)
-        for k in range(depth):
+        plain = gl.arange(0, DEPTH, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) < depth
+        if a_slot_ptr is not None:
+            flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+            plain &= flags == 0
+            # Each of these blocks takes two turns, low plane and high plane, over the same stage's ``b``.
+            k = _next(flags, -1, DEPTH)
+            a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
+            for turn in range(2 * _count(flags)):
+                high = turn & 1
+                a_scale *= gl.where(high == 1, 1.0 / RESIDUAL_STEPS, 1.0)
+                left_factor, right_factor = a_scale * left_scale, a_scale * right_scale
+                k = _next(flags, k - 1 + high, DEPTH)
+                a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
+                a_stage, b_stage = _wait_full(it, full, STAGES), (it - high) % STAGES
+                a = a_bufs.index(a_stage).slice(64 * WG, 64)
+                left = _add_scaled(left, a, b_bufs.index(2 * b_stage), left_factor)
+                right = _add_scaled(right, a, b_bufs.index(2 * b_stage + 1), right_factor)
+                mbarrier.arrive(empty.index(b_stage), pred=high == 1)
+                mbarrier.arrive(empty.index(a_stage), pred=high == 1)
+                it += 1
+        k = _next(plain, -1, DEPTH)
+        a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
+        while k < DEPTH:
             left_factor, right_factor = a_scale * left_scale, a_scale * right_scale
-            # Loaded a block ahead of its use.
-            ahead = min(k + 1, depth - 1)
-            a_scale = gl.load(a_scales + ahead)
-            left_scale, right_scale = gl.load(left_scales + ahead), gl.load(right_scales + ahead)
-            stage = it % STAGES
-            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+            k = _next(plain, k, DEPTH)
+            a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
+            stage = _wait_full(it, full, STAGES)
             a = a_bufs.index(stage).slice(64 * WG, 64)
             left = _add_scaled(left, a, b_bufs.index(2 * stage), left_factor)
             right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_factor)
