@@ -128,15 +128,18 @@ def _read(item, depth):
 
 @triton.jit
 def _finish(value, bias, accumulate, out, pm, pn, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
-    m = pm * BM + tl.arange(0, BM)
-    n = pn * BN + tl.arange(0, BN)
-    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    in_row = n < columns - pn * BN
+    inside = (m < rows - pm * BM)[:, None] & in_row[None, :]
     if bias is not None:
-        value += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * columns + n[None, :]
+        value += tl.load(bias + pn * BN + n, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    # 64 bits for the tile's corner only: a 64-bit address for each element would not fit the registers.
+    corner = (pm * BM).to(tl.int64) * columns + pn * BN
+    at = m[:, None] * columns + n[None, :]
     if accumulate is not None:
-        value += tl.load(accumulate + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+        value += tl.load(accumulate + corner + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + corner + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 # --- row --------------------------------------------------------------------------------------------------------------
@@ -180,8 +183,11 @@ def _gemm_row_kernel(
             a_count = tl.load(counts + a_list)
         if B_HIGH:
             b_count = tl.load(counts + a_lists + b_list)
-        a_first = items + a_list.to(tl.int64) * (3 * depth)
-        b_first = items + (a_lists + b_list).to(tl.int64) * (3 * depth) - a_count
+        # An operand without fallback blocks has no lists, and nothing may be read where they would be.
+        a_first = items + (a_list if A_HIGH else a_lists + b_list).to(tl.int64) * (3 * depth)
+        b_first = (
+            items + (a_lists + b_list if B_HIGH else a_list).to(tl.int64) * (3 * depth) - (a_count if B_HIGH else 0)
+        )
         k, a_at, b_at = _read(tl.where(a_count > 0, a_first, b_first), depth)
         for i in tl.range(1, a_count + b_count + 1, num_stages=STAGES):
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
@@ -270,8 +276,9 @@ def _gemm_block_kernel(
             a_count = tl.load(counts + a_list)
         if B_HIGH:
             b_count = tl.load(counts + b_list)
-        a_first = items + a_list.to(tl.int64) * (3 * depth)
-        b_first = items + b_list.to(tl.int64) * (3 * depth) - a_count
+        # An operand without fallback blocks has no lists, and nothing may be read where they would be.
+        a_first = items + (a_list if A_HIGH else b_list).to(tl.int64) * (3 * depth)
+        b_first = items + (b_list if B_HIGH else a_list).to(tl.int64) * (3 * depth) - (a_count if B_HIGH else 0)
         k, a_at, b_at = _read(tl.where(a_count > 0, a_first, b_first), depth)
         for i in tl.range(1, a_count + b_count + 1, num_stages=STAGES):
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
