@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightning_int8.kernels.select import reciprocal, round_half_even
+from lightning_int8.kernels.select import round_half_even
 from lightning_int8.kernels.statistics import load_tile
 
 
@@ -31,50 +31,74 @@ def uniform(row, column, i, j, columns, seed):
 
 
 @triton.jit
-def _to_integer(v, noise, limit):
-    """``v`` rounded (stochastically unless ``noise`` is ``None``), held within ``±limit``, NaN to 0; int32."""
-    if noise is None:
-        v = tl.where(v == v, v, 0.0)
-        return round_half_even(tl.minimum(tl.maximum(v, -limit), limit)).to(tl.int32)
-    else:
-        v = tl.floor(v + noise)
-        v = tl.where(v == v, v, 0.0)
-        return tl.minimum(tl.maximum(v, -limit), limit).to(tl.int32)
+def _integer_bits(v, noise, limit, mask):
+    """``v`` rounded, as an int32 whose low 16 bits are those of the integer; 0 where ``mask`` is 0 (else it is -1).
+
+    To the nearest, halves to even, the integers need no limit: scales see to it. With ``noise`` they are held within
+    ``±limit``. Adding 1.5·2^23 leaves the integer in the low bits of the sum, whose last bit is worth 1.
+    """
+    if noise is not None:
+        v = tl.minimum(tl.maximum(tl.floor(v + noise), -limit), limit)
+    return (v + 12582912.0).to(tl.int32, bitcast=True) & mask
 
 
 @triton.jit
-def _store_low(low, low_t, value, row, column, rows, columns, B: tl.constexpr):
-    """Writes a block into ``low [rows, QB·B]`` and transposed into ``low_t [columns, RB·B]``, unless ``None``.
+def _finite_mask(inverse):
+    """-1, or 0 where the scale carries NaN or an infinity: the integers under it are defined to be 0."""
+    return tl.where(inverse > 0.0, -1, 0)
 
-    Padding rows of one are padding columns of the other, where the block's values are zero. The transposed store takes
+
+@triton.jit
+def _high_byte(bits):
+    """The high byte of the integer in ``bits`` that leaves a low byte in [-128, 127]."""
+    return ((bits + 128) >> 8).to(tl.int8)
+
+
+@triton.jit
+def _store_low(low, low_t, value, row, column, rows, columns, B: tl.constexpr, PART: tl.constexpr):
+    """Writes a tile into ``low [rows, QB·B]`` and transposed into ``low_t [columns, RB·B]``, unless ``None``.
+
+    Padding rows of one are padding columns of the other, where the tile's values are zero. The transposed store takes
     pointers that are contiguous along the other axis; `tl.trans` of 8-bit tiles is reported wrong in some versions.
     """
-    i = tl.arange(0, B)
+    i = tl.arange(0, B)[:, None]
+    j = tl.arange(0, PART)[None, :]
     if low is not None:
         pitch = tl.cdiv(columns, B) * B
         low += row.to(tl.int64) * pitch + column
-        tl.store(low + (i[:, None] * pitch + i[None, :]), value.to(tl.int8), mask=(i < rows - row)[:, None])
+        tl.store(low + (i * pitch + j), value, mask=i < rows - row)
     if low_t is not None:
         pitch_t = tl.cdiv(rows, B) * B
         low_t += column.to(tl.int64) * pitch_t + row
-        tl.store(low_t + (i[None, :] * pitch_t + i[:, None]), value.to(tl.int8), mask=(i < columns - column)[None, :])
+        tl.store(low_t + (j * pitch_t + i), value, mask=j < columns - column)
 
 
 @triton.jit
-def _store_high(high, high_t, value, slot, B: tl.constexpr):
-    """Writes a block's extra plane as tile ``slot`` of ``high`` and transposed of ``high_t``, unless ``None``."""
-    i = tl.arange(0, B)
+def _store_high(high, high_t, value, slot, part, B: tl.constexpr, PART: tl.constexpr):
+    """Writes ``PART`` columns of an extra plane to tile ``slot`` of ``high`` and, transposed, ``high_t``."""
+    i = tl.arange(0, B)[:, None]
+    j = part * PART + tl.arange(0, PART)[None, :]
     base = slot.to(tl.int64) * (B * B)
     if high is not None:
-        tl.store(high + base + (i[:, None] * B + i[None, :]), value.to(tl.int8))
+        tl.store(high + base + (i * B + j), value)
     if high_t is not None:
-        tl.store(high_t + base + (i[None, :] * B + i[:, None]), value.to(tl.int8))
+        tl.store(high_t + base + (j * B + i), value)
+
+
+@triton.jit
+def _place(columns, B: tl.constexpr, PART: tl.constexpr):
+    """This program's row of blocks, column of blocks, and which ``PART`` columns of the block; blocks from the last."""
+    PARTS: tl.constexpr = B // PART
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = pid // PARTS
+    column_blocks = tl.cdiv(columns, B)
+    return block // column_blocks, block % column_blocks, pid % PARTS
 
 
 @triton.jit
 def row_planes(
     x,
-    scale,  # float32 [R]
+    inverse,  # float32 [R], reciprocals of the scales
     slot,  # int32 [RB, QB]
     low,
     low_t,
@@ -85,36 +109,34 @@ def row_planes(
     stride_r,
     stride_c,
     B: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Integers of one block of ``x [R, Q]``, both bytes in both layouts."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    column_blocks = tl.cdiv(columns, B)
-    row = pid // column_blocks * B
-    column = pid % column_blocks * B
+    """Integers of ``PART`` columns of a block of ``x [R, Q]``, both bytes in both layouts."""
+    row_block, column_block, part = _place(columns, B, PART)
+    row = row_block * B
+    column = column_block * B + part * PART
     r = row + tl.arange(0, B)
-    inverse = reciprocal(tl.load(scale + r, mask=r < rows, other=1.0))
-    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B) * inverse[:, None]
+    factor = tl.load(inverse + r, mask=r < rows, other=1.0)
+    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B, PART) * factor[:, None]
+    bits = _integer_bits(v, None, None, _finite_mask(factor)[:, None])
+    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART)
     if high is not None:
-        block_slot = tl.load(slot + pid)
-        q = _to_integer(v, None, tl.where(block_slot >= 0, 32512.0, 127.0))
-        _store_low(low, low_t, q, row, column, rows, columns, B)
+        block_slot = tl.load(slot + row_block * tl.cdiv(columns, B) + column_block)
         if block_slot >= 0:
-            _store_high(high, high_t, (q + 128) >> 8, block_slot, B)
-    else:
-        _store_low(low, low_t, _to_integer(v, None, 127.0), row, column, rows, columns, B)
+            _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART)
 
 
 @triton.jit
 def gradient_planes(
     dy,
     column_fold,  # t, float32 [N], or None: no A
-    a_scale,  # float32 [M]
+    a_inverse,  # float32 [M]
     a_slot,  # int32 [MB, NB]
     a_seed,  # int32 [1], or None: round to nearest
     a_low,  # int8 [M, NB·B]
     a_high,  # None: no fallback
     row_fold,  # s, float32 [M], or None: no G
-    g_scale,  # float32 [N]
+    g_inverse,  # float32 [N]
     g_slot,  # int32 [NB, MB]
     g_seed,
     g_low,  # int8 [N, MB·B]
@@ -124,47 +146,45 @@ def gradient_planes(
     stride_r,
     stride_c,
     B: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Integers of one block of ``dy [M, N]`` as A and as G, each in the layout its GEMM contracts along."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    row_blocks = tl.cdiv(rows, B)
-    column_blocks = tl.cdiv(columns, B)
-    row_block = pid // column_blocks
-    column_block = pid % column_blocks
+    """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM."""
+    row_block, column_block, part = _place(columns, B, PART)
     row = row_block * B
-    column = column_block * B
+    column = column_block * B + part * PART
     i = tl.arange(0, B)
+    j = tl.arange(0, PART)
     r = row + i
-    c = column + i
-    tile = load_tile(dy, row, column, rows, columns, stride_r, stride_c, B)
+    c = column + j
+    tile = load_tile(dy, row, column, rows, columns, stride_r, stride_c, B, PART)
     if column_fold is not None:
-        inverse = reciprocal(tl.load(a_scale + r, mask=r < rows, other=1.0))
-        v = (tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]) * inverse[:, None]
+        slot = tl.full([], -1, tl.int32)
+        if a_high is not None:
+            slot = tl.load(a_slot + row_block * tl.cdiv(columns, B) + column_block)
         noise = None
         if a_seed is not None:
-            noise = uniform(row, column, i[:, None], i[None, :], columns, tl.load(a_seed))
+            noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(a_seed))
+        factor = tl.load(a_inverse + r, mask=r < rows, other=1.0)
+        v = (tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]) * factor[:, None]
+        bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[:, None])
+        _store_low(a_low, None, bits.to(tl.int8), row, column, rows, columns, B, PART)
         if a_high is not None:
-            slot = tl.load(a_slot + pid)
-            q = _to_integer(v, noise, tl.where(slot >= 0, 32512.0, 127.0))
-            _store_low(a_low, None, q, row, column, rows, columns, B)
             if slot >= 0:
-                _store_high(a_high, None, (q + 128) >> 8, slot, B)
-        else:
-            _store_low(a_low, None, _to_integer(v, noise, 127.0), row, column, rows, columns, B)
+                _store_high(a_high, None, _high_byte(bits), slot, part, B, PART)
     if row_fold is not None:
-        inverse = reciprocal(tl.load(g_scale + c, mask=c < columns, other=1.0))
-        v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * inverse[None, :]
+        slot = tl.full([], -1, tl.int32)
+        if g_high is not None:
+            slot = tl.load(g_slot + column_block * tl.cdiv(rows, B) + row_block)
         noise = None
         if g_seed is not None:
-            noise = uniform(column, row, i[None, :], i[:, None], rows, tl.load(g_seed))
+            noise = uniform(column, row, j[None, :], i[:, None], rows, tl.load(g_seed))
+        factor = tl.load(g_inverse + c, mask=c < columns, other=1.0)
+        v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
+        bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
+        _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART)
         if g_high is not None:
-            slot = tl.load(g_slot + column_block * row_blocks + row_block)
-            q = _to_integer(v, noise, tl.where(slot >= 0, 32512.0, 127.0))
-            _store_low(None, g_low, q, row, column, rows, columns, B)
             if slot >= 0:
-                _store_high(None, g_high, (q + 128) >> 8, slot, B)
-        else:
-            _store_low(None, g_low, _to_integer(v, noise, 127.0), row, column, rows, columns, B)
+                _store_high(None, g_high, _high_byte(bits), slot, part, B, PART)
 
 
 @triton.jit
@@ -182,26 +202,29 @@ def block_planes(
     stride_r,
     stride_c,
     B: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Base plane and, of a fallback block, residuals of one block of ``x [R, Q]``, in both layouts."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    column_blocks = tl.cdiv(columns, B)
-    row = pid // column_blocks * B
-    column = pid % column_blocks * B
-    inverse = tl.div_rn(1.0, tl.load(scale + pid))
-    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B) * inverse
+    """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts."""
+    row_block, column_block, part = _place(columns, B, PART)
+    row = row_block * B
+    column = column_block * B + part * PART
+    block = row_block * tl.cdiv(columns, B) + column_block
+    block_slot = tl.full([], -1, tl.int32)
+    if high is not None:
+        block_slot = tl.load(slot + block)
+    factor = tl.div_rn(1.0, tl.load(scale + block))
+    mask = _finite_mask(factor)
+    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B, PART) * factor
+    bits = _integer_bits(v, None, None, mask)
     noise = None
     if seed is not None:
         i = tl.arange(0, B)
-        noise = uniform(row, column, i[:, None], i[None, :], columns, tl.load(seed))
+        noise = uniform(row, column, i[:, None], tl.arange(0, PART)[None, :], columns, tl.load(seed))
+        # Of a fallback block, the residuals carry the noise.
+        bits = tl.where(block_slot >= 0, bits, _integer_bits(v, noise, 127.0, mask))
+    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART)
     if high is not None:
-        block_slot = tl.load(slot + pid)
         if block_slot >= 0:
-            q = round_half_even(v)
-            _store_low(low, low_t, _to_integer(v, None, 127.0), row, column, rows, columns, B)
             # 254 residual steps to a base step: planes.RESIDUAL_STEPS
-            _store_high(high, high_t, _to_integer((v - q) * 254.0, noise, 127.0), block_slot, B)
-        else:
-            _store_low(low, low_t, _to_integer(v, noise, 127.0), row, column, rows, columns, B)
-    else:
-        _store_low(low, low_t, _to_integer(v, noise, 127.0), row, column, rows, columns, B)
+            residual = _integer_bits((v - round_half_even(v)) * 254.0, noise, 127.0, mask)
+            _store_high(high, high_t, residual.to(tl.int8), block_slot, part, B, PART)

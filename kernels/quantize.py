@@ -17,15 +17,28 @@ from lightning_int8.kernels.statistics import gradient_statistics, matrix_statis
 
 BLOCKS = (32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Launch options by kernel and block edge.
+# Launch options by kernel and block edge. `PART`: how many columns of a block (`gradient_statistics`: how many rows) a
+# program takes at a time.
 OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 8}},
-    "row_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
-    "block_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
-    "gradient_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
-    "gradient_planes": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
-}
+    "row_planes": {
+        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
+    },
+    "block_planes": {
+        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
+    },
+    "gradient_statistics": {
+        32: {"num_warps": 1, "PART": 16, "STAGES": 1},
+        64: {"num_warps": 4, "PART": 16, "STAGES": 1},
+        128: {"num_warps": 4, "PART": 16, "STAGES": 1},
+    },
+    "gradient_planes": {
+        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
+    },
+}  # fmt: skip
 SELECT_WARPS = 8
+# Rows whose scales one select program makes.
+SELECT_ROWS = 32
 
 
 def quantize_row(
@@ -60,7 +73,7 @@ def quantize_row(
     rows, columns, row_blocks, column_blocks = _check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
-    scale, int_max = new.float32(rows), new.float32(rows)
+    scale, inverse, int_max = new.float32(rows), new.float32(rows), new.float32(rows)
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
@@ -73,13 +86,13 @@ def quantize_row(
         matrix_statistics[(blocks,)](
             x, amax, weight, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
         )
-        matrix_select[(row_blocks,)](
+        matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
             block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, None,
-            None, amax, weight, limit, scale, int_max, rows, columns,
+            None, amax, weight, limit, scale, inverse, int_max, rows, columns,
             FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
         )  # fmt: skip
-        row_planes[(blocks,)](
-            x, scale, slot, low, low_t if transpose else None, high if fallback else None,
+        row_planes[_parts("row_planes", blocks, block)](
+            x, inverse, slot, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
             B=block, **_options("row_planes", block),
         )  # fmt: skip
@@ -147,6 +160,7 @@ def quantize_row_gradient(
     if not (has_a or has_g or bias):
         return out
 
+    a_inverse, g_inverse = new.float32(rows), new.float32(columns)
     a_amax = a_weight = a_block_amax = a_seed = g_amax = g_weight = g_block_amax = g_seed = int_sums = sums = None
     if has_a:
         a_amax, a_block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks)
@@ -165,16 +179,16 @@ def quantize_row_gradient(
             g_block_amax, int_sums, sums, rows, columns, *dy.stride(),
             B=block, **_options("gradient_statistics", block),
         )  # fmt: skip
-        gradient_select[(row_blocks + column_blocks,)](
-            a_block_amax, _operand(state, 1), a_amax, a_weight, limit, a_slot, a_scale, a_seed,
-            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT, g_slot, g_scale, g_seed,
-            sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns, FALLBACK=fallback,
+        gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
+            a_block_amax, _operand(state, 1), a_amax, a_weight, limit, a_slot, a_scale, a_inverse, a_seed,
+            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT, g_slot, g_scale, g_inverse,
+            g_seed, sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns, FALLBACK=fallback,
             **_select_sizes(block, blocks, max(row_blocks, column_blocks)), num_warps=SELECT_WARPS,
         )  # fmt: skip
         if has_a or has_g:
-            gradient_planes[(blocks,)](
-                dy, weight_scale, a_scale, a_slot, a_seed, a_low, a_high if fallback else None,
-                input_scale, g_scale, g_slot, g_seed, g_low, g_high if fallback else None,
+            gradient_planes[_parts("gradient_planes", blocks, block)](
+                dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
+                input_scale, g_inverse, g_slot, g_seed, g_low, g_high if fallback else None,
                 rows, columns, *dy.stride(),
                 B=block, **_options("gradient_planes", block),
             )  # fmt: skip
@@ -223,12 +237,12 @@ def quantize_block(
         matrix_statistics[(blocks,)](
             x, None, None, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
         )
-        matrix_select[(row_blocks,)](
+        matrix_select[(row_blocks, 1)](
             block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, seed,
-            scale, None, None, 0.0, None, None, rows, columns,
+            scale, None, None, 0.0, None, None, None, rows, columns,
             FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
         )  # fmt: skip
-        block_planes[(blocks,)](
+        block_planes[_parts("block_planes", blocks, block)](
             x, scale, slot, seed, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
             B=block, **_options("block_planes", block),
@@ -295,11 +309,16 @@ def _options(kernel: str, block: int) -> dict:
     return {**OPTIONS[kernel][block], "enable_fp_fusion": False}
 
 
+def _parts(kernel: str, blocks: int, block: int) -> tuple[int]:
+    return (blocks * (block // OPTIONS[kernel][block]["PART"]),)
+
+
 def _select_sizes(block: int, blocks: int, along: int) -> dict:
-    """Block edge of a select program, and how many blocks it takes in one step: of all, and along its row of blocks."""
+    """How many blocks a select program takes in one step: of all, and along its row of blocks."""
     return {
         "B": block,
         "CHUNK": 512 if blocks <= 512 else 4096,
-        "COLUMN_CHUNK": 8 if along <= 8 else 4096 // block,
+        "COLUMN_CHUNK": 8 if along <= 8 else 32 if along <= 32 else 128,
+        "PART": min(SELECT_ROWS, block),
         "enable_fp_fusion": False,
     }

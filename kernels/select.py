@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+# Blocks numbered at a time: most rows of blocks in one step.
+NUMBER_CHUNK = tl.constexpr(256)
 _MIN_SCALE_BITS = tl.constexpr(0x0D800000)  # 2^-100, planes.MIN_SCALE
 
 
@@ -113,12 +115,6 @@ def round_half_even(v):
 
 
 @triton.jit
-def reciprocal(x):
-    """``1 / x``, rounded as IEEE division rounds."""
-    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
-
-
-@triton.jit
 def _over_constant(bits, divisor: tl.constexpr):
     """Bit patterns of ``float(bits) / divisor``, rounded as IEEE division rounds."""
     return _bits(tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full(bits.shape, divisor, tl.float32)))
@@ -165,6 +161,7 @@ def _number_blocks(
 @triton.jit
 def _row_scales(
     row_block,
+    part,
     rows,
     column_blocks,
     block_amax,  # int32 [RB, QB]
@@ -174,18 +171,20 @@ def _row_scales(
     unit,  # float32, multiplies the weights
     limit,  # float32, `L` of `reference.row_scale`
     scale,  # float32 [R]
+    inverse,  # float32 [R], reciprocals of the scales
     int_max,  # float32 [R], or None
     FALLBACK: tl.constexpr,
     FOLDED: tl.constexpr,
     B: tl.constexpr,
+    PART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Scales of one row of blocks' rows, and their largest integers unless ``None``: see `reference.row_scale`."""
-    r = row_block.to(tl.int64) * B + tl.arange(0, B)
-    plain = tl.zeros([B], tl.int32)
-    largest = tl.zeros([B], tl.int32)
-    least = tl.full([B], 0x7FFFFFFF, tl.int32)
-    weighted = tl.zeros([B], tl.float32)
+    """Scales, and largest integers unless ``None``, of ``PART`` rows of a row of blocks: see `reference.row_scale`."""
+    r = row_block * B + part * PART + tl.arange(0, PART)
+    plain = tl.zeros([PART], tl.int32)
+    largest = tl.zeros([PART], tl.int32)
+    least = tl.full([PART], 0x7FFFFFFF, tl.int32)
+    weighted = tl.zeros([PART], tl.float32)
     for start in range(0, column_blocks, CHUNK):
         q = start + tl.arange(0, CHUNK)
         inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
@@ -204,19 +203,20 @@ def _row_scales(
     s = tl.maximum(_over_constant(plain, 127.0), _over_constant(largest, 32512.0))
     s = tl.maximum(s, _MIN_SCALE_BITS)
     if weight is not None:
-        bound = _bits(tl.div_rn(weighted * unit, tl.zeros([B], tl.float32) + limit))
+        bound = _bits(tl.div_rn(weighted * unit, tl.zeros([PART], tl.float32) + limit))
         s = tl.maximum(s, tl.where(bound < _INFINITY_BITS, bound, 0))
     tl.store(scale + r, s.to(tl.float32, bitcast=True), mask=r < rows)
+    factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), s.to(tl.float32, bitcast=True))
+    tl.store(inverse + r, factor, mask=r < rows)
     if int_max is not None:
-        inverse = reciprocal(s.to(tl.float32, bitcast=True))
-        result = tl.zeros([B], tl.float32)
+        result = tl.zeros([PART], tl.float32)
         for start in range(0, column_blocks, CHUNK):
             q = start + tl.arange(0, CHUNK)
             inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
             bits = tl.load(amax + q.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0)
             over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
             # Rounding is monotonic, so a block's largest magnitude has its largest integer.
-            value = round_half_even(bits.to(tl.float32, bitcast=True) * inverse[None, :])
+            value = round_half_even(bits.to(tl.float32, bitcast=True) * factor[None, :])
             # A row with NaN or an infinity has integers 0.
             value = tl.where((s < _INFINITY_BITS)[None, :], value, 0.0)
             result = tl.maximum(result, tl.max(tl.minimum(value, tl.where(over, 32512.0, 127.0)[:, None]), 0))
@@ -237,6 +237,7 @@ def matrix_select(
     weight,  # float32 [QB, R], or None
     limit,
     scale,  # float32 [R]
+    inverse,  # float32 [R]
     int_max,  # float32 [R]
     rows,
     columns,
@@ -244,9 +245,11 @@ def matrix_select(
     B: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMN_CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Everything between the two reads of ``x [R, Q]``, for one row of blocks."""
+    """Everything between the two reads of ``x [R, Q]``, for ``PART`` rows of a row of blocks."""
     row_block = tl.program_id(0)
+    part = tl.program_id(1)
     row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
     total = row_blocks * column_blocks
@@ -254,15 +257,19 @@ def matrix_select(
     before = tl.full([], 0, tl.int32)
     if FALLBACK:
         threshold, before = _threshold(
-            block_amax, total, row_block * column_blocks, state, seed_blocks, capacity, update, row_block == 0, CHUNK
-        )
+            block_amax, total, row_block * column_blocks, state, seed_blocks, capacity, update,
+            (row_block == 0) & (part == 0), CHUNK,
+        )  # fmt: skip
     if seed is not None:
-        _store_data_seed(block_amax, total, seed, row_block == 0, CHUNK)
-    _number_blocks(row_block, column_blocks, block_amax, slot, threshold, before, block_scale, FALLBACK, COLUMN_CHUNK)
+        _store_data_seed(block_amax, total, seed, (row_block == 0) & (part == 0), CHUNK)
+    if part == 0:
+        _number_blocks(
+            row_block, column_blocks, block_amax, slot, threshold, before, block_scale, FALLBACK, NUMBER_CHUNK
+        )
     if block_scale is None:
         _row_scales(
-            row_block, rows, column_blocks, block_amax, threshold, amax, weight, 127.0, limit, scale, int_max,
-            FALLBACK, True, B, COLUMN_CHUNK,
+            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, 127.0, limit, scale, inverse,
+            int_max, FALLBACK, True, B, PART, COLUMN_CHUNK,
         )  # fmt: skip
 
 
@@ -275,6 +282,7 @@ def gradient_select(
     a_limit,
     a_slot,  # int32 [MB, NB]
     a_scale,  # float32 [M]
+    a_inverse,  # float32 [M]
     a_seed,  # int32 [1], or None
     g_block_amax,  # int32 [NB, MB], or None: no G
     g_state,
@@ -284,6 +292,7 @@ def gradient_select(
     int32_limit,
     g_slot,  # int32 [NB, MB]
     g_scale,  # float32 [N]
+    g_inverse,  # float32 [N]
     g_seed,
     column_sums,  # float32 [MB, N], or None: no bias gradient
     dbias,  # float32 [N]
@@ -296,9 +305,14 @@ def gradient_select(
     B: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMN_CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Everything between the two reads of ``dy [M, N]``: the first NB programs make G and dbias, MB more make A."""
+    """Everything between the two reads of ``dy [M, N]``: the first NB programs make G and dbias, MB more make A.
+
+    Each takes ``PART`` rows of its row of blocks of G or A.
+    """
     pid = tl.program_id(0)
+    part = tl.program_id(1)
     row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
     total = row_blocks * column_blocks
@@ -306,22 +320,24 @@ def gradient_select(
     before = tl.full([], 0, tl.int32)
     if pid < column_blocks:
         if column_sums is not None:
-            _sum_columns(pid, row_blocks, columns, column_sums, dbias, B, COLUMN_CHUNK)
+            _sum_columns(pid, part, row_blocks, columns, column_sums, dbias, B, PART, COLUMN_CHUNK)
         if g_block_amax is not None:
             if FALLBACK:
                 threshold, before = _threshold(
-                    g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity, update, pid == 0, CHUNK
-                )
+                    g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity, update,
+                    (pid == 0) & (part == 0), CHUNK,
+                )  # fmt: skip
             if g_seed is not None:
-                _store_data_seed(g_block_amax, total, g_seed, pid == 0, CHUNK)
+                _store_data_seed(g_block_amax, total, g_seed, (pid == 0) & (part == 0), CHUNK)
             int_sum = tl.full([], 0.0, tl.float32)
             for start in range(0, row_blocks, COLUMN_CHUNK):
                 m = start + tl.arange(0, COLUMN_CHUNK)
                 int_sum += tl.sum(tl.load(int_sums + m, mask=m < row_blocks, other=0.0), 0)
-            _number_blocks(pid, row_blocks, g_block_amax, g_slot, threshold, before, None, FALLBACK, COLUMN_CHUNK)
+            if part == 0:
+                _number_blocks(pid, row_blocks, g_block_amax, g_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK)
             _row_scales(
-                pid, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, 1.0, int32_limit - int_sum,
-                g_scale, None, FALLBACK, False, B, COLUMN_CHUNK,
+                pid, part, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, 1.0, int32_limit - int_sum,
+                g_scale, g_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
             )  # fmt: skip
     else:
         if a_block_amax is not None:
@@ -329,23 +345,35 @@ def gradient_select(
             if FALLBACK:
                 threshold, before = _threshold(
                     a_block_amax, total, row_block * column_blocks, a_state, seed_blocks, capacity, update,
-                    row_block == 0, CHUNK,
+                    (row_block == 0) & (part == 0), CHUNK,
                 )  # fmt: skip
             if a_seed is not None:
-                _store_data_seed(a_block_amax, total, a_seed, row_block == 0, CHUNK)
-            _number_blocks(
-                row_block, column_blocks, a_block_amax, a_slot, threshold, before, None, FALLBACK, COLUMN_CHUNK
-            )
+                _store_data_seed(a_block_amax, total, a_seed, (row_block == 0) & (part == 0), CHUNK)
+            if part == 0:
+                _number_blocks(
+                    row_block, column_blocks, a_block_amax, a_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK
+                )
             _row_scales(
-                row_block, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, 127.0, a_limit,
-                a_scale, None, FALLBACK, False, B, COLUMN_CHUNK,
+                row_block, part, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, 127.0, a_limit,
+                a_scale, a_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
             )  # fmt: skip
 
 
 @triton.jit
-def _sum_columns(column_block, row_blocks, columns, column_sums, dbias, B: tl.constexpr, CHUNK: tl.constexpr):
-    c = column_block.to(tl.int64) * B + tl.arange(0, B)
-    total = tl.zeros([B], tl.float32)
+def _sum_columns(
+    column_block,
+    part,
+    row_blocks,
+    columns,
+    column_sums,
+    dbias,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sums of ``PART`` columns."""
+    c = column_block * B + part * PART + tl.arange(0, PART)
+    total = tl.zeros([PART], tl.float32)
     for start in range(0, row_blocks, CHUNK):
         m = start + tl.arange(0, CHUNK)
         at = m.to(tl.int64)[:, None] * columns + c[None, :]

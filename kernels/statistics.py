@@ -15,15 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(x, row, column, rows, columns, stride_r, stride_c, B: tl.constexpr):
-    """The ``B×B`` block of ``x`` that begins at ``row`` and ``column``, float32, zero outside the matrix.
+def load_tile(x, row, column, rows, columns, stride_r, stride_c, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The tile of ``x`` that begins at ``row`` and ``column``, float32, zero outside the matrix.
 
     Only its first element's offset needs 64 bits: the launchers see to it that offsets within a block fit 32.
     """
-    i = tl.arange(0, B)
-    inside = (i < rows - row)[:, None] & (i < columns - column)[None, :]
+    i = tl.arange(0, HEIGHT)
+    j = tl.arange(0, WIDTH)
+    inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
     x += row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c
-    return tl.load(x + (i[:, None] * stride_r + i[None, :] * stride_c), mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + (i[:, None] * stride_r + j[None, :] * stride_c), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def matrix_statistics(
     column_blocks = tl.cdiv(columns, B)
     row_block = pid // column_blocks
     column_block = pid % column_blocks
-    tile = load_tile(x, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B)
+    tile = load_tile(x, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B, B)
     by_row = tl.max(magnitude_bits(tile), 1)
     r = row_block * B + tl.arange(0, B)
     out = column_block.to(tl.int64) * rows + r
@@ -80,33 +81,55 @@ def gradient_statistics(
     stride_r,
     stride_c,
     B: tl.constexpr,
+    PART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Statistics of one ``B×B`` block of ``dy [M, N]`` in both directions: of ``A = dY·t`` and ``G = (dY·s)ᵀ``."""
+    """Statistics of one ``B×B`` block of ``dy [M, N]`` in both directions: of ``A = dY·t`` and ``G = (dY·s)ᵀ``.
+
+    Takes ``PART`` rows at a time, which completes the rows' statistics, and keeps those of the columns element by
+    element until the end, since reductions across a tile's rows are the expensive ones.
+    """
     pid = tl.program_id(0)
     row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
     row_block = pid // column_blocks
     column_block = pid % column_blocks
-    tile = load_tile(dy, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B)
-    r = row_block * B + tl.arange(0, B)
     c = column_block * B + tl.arange(0, B)
-    a_out = column_block.to(tl.int64) * rows + r
+    if column_fold is not None:
+        fold_c = tl.load(column_fold + c, mask=c < columns, other=0.0)
+    a_largest = tl.zeros([PART], tl.int32)
+    g_largest = tl.zeros([PART, B], tl.int32)
+    g_sum = tl.zeros([PART, B], tl.float32)
+    dy_sum = tl.zeros([PART, B], tl.float32)
+    int_sum = tl.zeros([PART], tl.float32)
+    for start in tl.range(0, B, PART, num_stages=STAGES):
+        tile = load_tile(dy, row_block * B + start, column_block * B, rows, columns, stride_r, stride_c, PART, B)
+        r = row_block * B + start + tl.arange(0, PART)
+        if column_fold is not None:
+            a = tile * fold_c[None, :]
+            by_row = tl.max(magnitude_bits(a), 1)
+            a_out = column_block.to(tl.int64) * rows + r
+            tl.store(a_amax + a_out, by_row, mask=r < rows)
+            a_largest = tl.maximum(a_largest, by_row)
+            if a_weight is not None:
+                tl.store(a_weight + a_out, tl.sum(tl.abs(a), 1), mask=r < rows)
+        if row_fold is not None:
+            g = tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]
+            int_max = tl.load(row_int_max + r, mask=r < rows, other=0.0)
+            g_largest = tl.maximum(g_largest, magnitude_bits(g))
+            g_sum += tl.abs(g) * int_max[:, None]
+            int_sum += int_max
+        if column_sums is not None:
+            dy_sum += tile
     g_out = row_block.to(tl.int64) * columns + c
     if column_fold is not None:
-        a = tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]
-        by_row = tl.max(magnitude_bits(a), 1)
-        tl.store(a_amax + a_out, by_row, mask=r < rows)
-        tl.store(a_block_amax + pid, tl.max(by_row, 0))
-        if a_weight is not None:
-            tl.store(a_weight + a_out, tl.sum(tl.abs(a), 1), mask=r < rows)
+        tl.store(a_block_amax + pid, tl.max(a_largest, 0))
     if row_fold is not None:
-        g = tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]
-        by_column = tl.max(magnitude_bits(g), 0)
+        by_column = tl.max(g_largest, 0)
         tl.store(g_amax + g_out, by_column, mask=c < columns)
         tl.store(g_block_amax + column_block * row_blocks + row_block, tl.max(by_column, 0))
-        int_max = tl.load(row_int_max + r, mask=r < rows, other=0.0)
-        tl.store(g_weight + g_out, tl.sum(tl.abs(g) * int_max[:, None], 0), mask=c < columns)
+        tl.store(g_weight + g_out, tl.sum(g_sum, 0), mask=c < columns)
         if column_block == 0:
-            tl.store(int_sums + row_block, tl.sum(int_max, 0))
+            tl.store(int_sums + row_block, tl.sum(int_sum, 0))
     if column_sums is not None:
-        tl.store(column_sums + g_out, tl.sum(tile, 0), mask=c < columns)
+        tl.store(column_sums + g_out, tl.sum(dy_sum, 0), mask=c < columns)
