@@ -77,9 +77,8 @@ def quantize_row(
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
-    limit = _INT32_LIMIT - INT8_MAX * columns
-    # Integers of ±127 reach the bound only in very long rows.
-    weight = new.float32(column_blocks, rows) if fallback or columns * INT8_MAX**2 > 0.99 * limit else None
+    limit = _limit(columns)
+    weight = new.float32(column_blocks, rows) if fallback or _may_bind(columns) else None
     amax, block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks) if fallback else None
     blocks = row_blocks * column_blocks
     with _on(x):
@@ -139,7 +138,7 @@ def quantize_row_gradient(
     new = _Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
     has_a, has_g = weight_scale is not None, input_scale is not None
-    limit = _INT32_LIMIT - INT8_MAX * columns
+    limit = _limit(columns)
 
     def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not wanted:
@@ -165,7 +164,7 @@ def quantize_row_gradient(
     if has_a:
         a_amax, a_block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks)
         a_seed = new.int32(1) if stochastic else None
-        if fallback or columns * INT8_MAX**2 > 0.99 * limit:
+        if fallback or _may_bind(columns):
             a_weight = new.float32(column_blocks, rows)
     if has_g:
         g_amax, g_block_amax = new.int32(row_blocks, columns), new.int32(column_blocks, row_blocks)
@@ -181,8 +180,9 @@ def quantize_row_gradient(
         )  # fmt: skip
         gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
             a_block_amax, _operand(state, 1), a_amax, a_weight, limit, a_slot, a_scale, a_inverse, a_seed,
-            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT, g_slot, g_scale, g_inverse,
-            g_seed, sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns, FALLBACK=fallback,
+            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT * 2.0**-31, g_slot, g_scale,
+            g_inverse, g_seed, sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
+            FALLBACK=fallback,
             **_select_sizes(block, blocks, max(row_blocks, column_blocks)), num_warps=SELECT_WARPS,
         )  # fmt: skip
         if has_a or has_g:
@@ -293,6 +293,16 @@ def _planes(
         new.int8(capacity, block, block) if transpose else new.int8(0),
         new.int32(blocks_along(rows, block), blocks_along(columns, block)),
     )
+
+
+def _limit(columns: int) -> float:
+    """`L` of `reference.row_scale` in units of 2^31, for an other operand of ±127."""
+    return (_INT32_LIMIT - INT8_MAX * columns) * 2.0**-31
+
+
+def _may_bind(columns: int) -> bool:
+    """Whether the INT32 bound can raise the scale of a row of integers within ±127, against an operand of the same."""
+    return columns * INT8_MAX**2 > 0.99 * (_INT32_LIMIT - INT8_MAX * columns)
 
 
 def _operand(state: Tensor | None, operand: int) -> Tensor | None:

@@ -154,9 +154,10 @@ def row_scale(x: Tensor, mask: Tensor, block: int, other_max: Tensor | None, fol
 
     Proof that ``|sum_q a_rq b_cq| < 2^31``: rounding (to nearest or stochastic) moves an integer by less than one, so
     ``sum_q |a_rq| |b_cq| < sum_q (|x_rq| / s_r + 1) m_q <= L (1 + e) + sum_q m_q < 2^31`` as long as the float32 sum's
-    relative error ``e`` is below 2%, which it is for 2^18 terms in any order. Two's complement addition wraps, so
-    intermediate results may pass 2^31 without harm. ``L`` is positive: with ``m_q = 127`` up to ``Q = 16·10^6``, and
-    with ``m_q = 32512``, the largest integer there is, up to ``Q = 64731`` (``MAX_WGRAD_TOKENS`` is 32768).
+    relative error ``e`` is below 2%, which it is for 2^18 terms in any order; terms that underflow belong to scales
+    below 2^-100. Two's complement addition wraps, so intermediate results may pass 2^31 without harm. ``L`` is
+    positive: with ``m_q = 127`` up to ``Q = 16·10^6``, and with ``m_q = 32512``, the largest integer there is, up to
+    ``Q = 64731`` (``MAX_WGRAD_TOKENS`` is 32768).
 
     Args:
         x: float32 ``[R, Q]``.
@@ -175,14 +176,12 @@ def row_scale(x: Tensor, mask: Tensor, block: int, other_max: Tensor | None, fol
     if folded:
         plain = torch.maximum(plain, amax.amin(1)[:rows])
     if other_max is None:
-        weighted, slack = x.abs().sum(1) * INT8_MAX, float(INT8_MAX * columns)
-        limit = torch.tensor(_INT32_LIMIT - slack, device=x.device)
-    else:
-        weighted = (x.abs() * other_max).sum(1)
-        limit = _INT32_LIMIT - other_max.sum(dtype=torch.float64).float()
-    bound = weighted / limit
-    # A weighted sum that overflows float32, or meets 0·inf, says nothing: AbsMax alone carries NaN and infinity.
-    bound = bound.where(bound.isfinite(), 0.0)
+        other_max = x.new_full((columns,), float(INT8_MAX))
+    # Weights and limit in units of 2^31, so that no sum overflows float32 unless it is itself near the largest one.
+    weighted = (x.abs() * (other_max * 2.0**-31)).sum(1)
+    limit = (_INT32_LIMIT - other_max.sum(dtype=torch.float64)) * 2.0**-31
+    # NaN may come of 0·inf, but AbsMax alone carries NaN and infinity.
+    bound = (weighted / limit.float()).nan_to_num_(0.0)
     scale = torch.maximum(_over(plain, INT8_MAX), _over(largest, INT16_MAX))
     return torch.maximum(scale, bound).clamp_min(MIN_SCALE)
 

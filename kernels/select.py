@@ -168,8 +168,7 @@ def _row_scales(
     threshold,
     amax,  # int32 [QB, R]
     weight,  # float32 [QB, R], or None: the INT32 bound cannot bind
-    unit,  # float32, multiplies the weights
-    limit,  # float32, `L` of `reference.row_scale`
+    limit,  # float32, `L` of `reference.row_scale` in units of 2^31
     scale,  # float32 [R]
     inverse,  # float32 [R], reciprocals of the scales
     int_max,  # float32 [R], or None
@@ -203,8 +202,9 @@ def _row_scales(
     s = tl.maximum(_over_constant(plain, 127.0), _over_constant(largest, 32512.0))
     s = tl.maximum(s, _MIN_SCALE_BITS)
     if weight is not None:
-        bound = _bits(tl.div_rn(weighted * unit, tl.zeros([PART], tl.float32) + limit))
-        s = tl.maximum(s, tl.where(bound < _INFINITY_BITS, bound, 0))
+        bound = _bits(tl.div_rn(weighted, tl.zeros([PART], tl.float32) + limit))
+        # NaN may come of 0·inf, an infinity of rounding: AbsMax alone carries those.
+        s = tl.maximum(s, tl.where(bound <= _INFINITY_BITS, tl.minimum(bound, _INFINITY_BITS - 1), 0))
     tl.store(scale + r, s.to(tl.float32, bitcast=True), mask=r < rows)
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), s.to(tl.float32, bitcast=True))
     tl.store(inverse + r, factor, mask=r < rows)
@@ -268,7 +268,7 @@ def matrix_select(
         )
     if block_scale is None:
         _row_scales(
-            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, 127.0, limit, scale, inverse,
+            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, limit, scale, inverse,
             int_max, FALLBACK, True, B, PART, COLUMN_CHUNK,
         )  # fmt: skip
 
@@ -289,7 +289,7 @@ def gradient_select(
     g_amax,  # int32 [MB, N]
     g_weight,  # float32 [MB, N]
     int_sums,  # float32 [MB]
-    int32_limit,
+    int32_limit,  # 0.98, in units of 2^31
     g_slot,  # int32 [NB, MB]
     g_scale,  # float32 [N]
     g_inverse,  # float32 [N]
@@ -333,10 +333,11 @@ def gradient_select(
             for start in range(0, row_blocks, COLUMN_CHUNK):
                 m = start + tl.arange(0, COLUMN_CHUNK)
                 int_sum += tl.sum(tl.load(int_sums + m, mask=m < row_blocks, other=0.0), 0)
+            limit = int32_limit - int_sum * 4.656612873077393e-10
             if part == 0:
                 _number_blocks(pid, row_blocks, g_block_amax, g_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK)
             _row_scales(
-                pid, part, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, 1.0, int32_limit - int_sum,
+                pid, part, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, limit,
                 g_scale, g_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
             )  # fmt: skip
     else:
@@ -354,7 +355,7 @@ def gradient_select(
                     row_block, column_blocks, a_block_amax, a_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK
                 )
             _row_scales(
-                row_block, part, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, 127.0, a_limit,
+                row_block, part, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, a_limit,
                 a_scale, a_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
             )  # fmt: skip
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Integers of the other operand in units of 2^31, in which sums do not overflow: see `reference.row_scale`.
+_PLAIN_WEIGHT = tl.constexpr(127 * 2.0**-31)
+
 
 @triton.jit
 def load_tile(x, row, column, rows, columns, stride_r, stride_c, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
@@ -37,7 +40,7 @@ def magnitude_bits(x):
 def matrix_statistics(
     x,
     amax,  # int32 [QB, R], or None
-    weight,  # float32 [QB, R]: sum of |x|, or None
+    weight,  # float32 [QB, R]: sum of |x|·127·2^-31, or None
     block_amax,  # int32 [RB, QB]
     rows,
     columns,
@@ -57,7 +60,7 @@ def matrix_statistics(
     if amax is not None:
         tl.store(amax + out, by_row, mask=r < rows)
     if weight is not None:
-        tl.store(weight + out, tl.sum(tl.abs(tile), 1), mask=r < rows)
+        tl.store(weight + out, tl.sum(tl.abs(tile) * _PLAIN_WEIGHT, 1), mask=r < rows)
     if block_amax is not None:
         tl.store(block_amax + pid, tl.max(by_row, 0))
 
@@ -69,10 +72,10 @@ def gradient_statistics(
     row_int_max,  # float32 [M]
     column_fold,  # t, float32 [N], or None: no A
     a_amax,  # int32 [NB, M]
-    a_weight,  # float32 [NB, M]: sum of |A|, or None
+    a_weight,  # float32 [NB, M]: sum of |A|·127·2^-31, or None
     a_block_amax,  # int32 [MB, NB]
     g_amax,  # int32 [MB, N]
-    g_weight,  # float32 [MB, N]: sum of |G|·int_max
+    g_weight,  # float32 [MB, N]: sum of |G|·int_max·2^-31
     g_block_amax,  # int32 [NB, MB]
     int_sums,  # float32 [MB]: sums of int_max
     column_sums,  # float32 [MB, N]: sums of dY, or None: no bias gradient
@@ -112,12 +115,12 @@ def gradient_statistics(
             tl.store(a_amax + a_out, by_row, mask=r < rows)
             a_largest = tl.maximum(a_largest, by_row)
             if a_weight is not None:
-                tl.store(a_weight + a_out, tl.sum(tl.abs(a), 1), mask=r < rows)
+                tl.store(a_weight + a_out, tl.sum(tl.abs(a) * _PLAIN_WEIGHT, 1), mask=r < rows)
         if row_fold is not None:
             g = tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]
             int_max = tl.load(row_int_max + r, mask=r < rows, other=0.0)
             g_largest = tl.maximum(g_largest, magnitude_bits(g))
-            g_sum += tl.abs(g) * int_max[:, None]
+            g_sum += tl.abs(g) * (int_max * 4.656612873077393e-10)[:, None]
             int_sum += int_max
         if column_sums is not None:
             dy_sum += tile
