@@ -213,8 +213,10 @@ def _gemm_row_kernel(
 
 
 @triton.jit
-def _promote(acc, product, sa, sb, A_SUB: tl.constexpr, B_SUB: tl.constexpr):
+def _promote(acc, product, a_scale, b_scale, step, A_SUB: tl.constexpr, B_SUB: tl.constexpr):
     value = product.to(tl.float32)
+    sa = tl.load(a_scale) * step
+    sb = tl.load(b_scale)
     if A_SUB == 1 and B_SUB == 1:
         return acc + value * (sa * sb)
     if A_SUB == 1:
@@ -228,9 +230,9 @@ def _promote(acc, product, sa, sb, A_SUB: tl.constexpr, B_SUB: tl.constexpr):
 def _gemm_block_kernel(
     a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, accumulate, out, counts, items,
     rows, columns, depth, a_tiles, b_tiles, a_stride_r, a_stride_k, b_stride_r, b_stride_k,
-    a_scale_r, a_scale_k, b_scale_r, b_scale_k, residual_step,
+    a_scale_r, a_scale_k, b_scale_r, b_scale_k, step,
     A_HIGH: tl.constexpr, B_HIGH: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr, DEFER: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     A_SUB: tl.constexpr = (BM + B - 1) // B
     B_SUB: tl.constexpr = (BN + B - 1) // B
@@ -248,23 +250,13 @@ def _gemm_block_kernel(
     else:
         b_scales = b_scale + (n // B) * b_scale_r
     acc = tl.zeros((BM, BN), tl.float32)
-    # Each product is scaled in the iteration after its own, while the tensor cores work on the next one.
-    product = tl.zeros((BM, BN), tl.int32)
-    sa = tl.load(a_scales)
-    sb = tl.load(b_scales)
     a_ptrs = a_low + m[:, None] * ld + tl.arange(0, B)[None, :]
     b_ptrs = b_low + n[:, None] * ld + tl.arange(0, B)[None, :]
     for i in tl.range(0, depth, num_stages=STAGES):
-        new = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs).T, out_dtype=tl.int32)
+        product = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs).T, out_dtype=tl.int32)
+        acc = _promote(acc, product, a_scales + i * a_scale_k, b_scales + i * b_scale_k, 1.0, A_SUB, B_SUB)
         a_ptrs += B
         b_ptrs += B
-        if DEFER:
-            acc = _promote(acc, product, sa, sb, A_SUB, B_SUB)
-            product = new
-        sa = tl.load(a_scales + i * a_scale_k)
-        sb = tl.load(b_scales + i * b_scale_k)
-        if not DEFER:
-            acc = _promote(acc, new, sa, sb, A_SUB, B_SUB)
     if A_HIGH or B_HIGH:
         A_KIND: tl.constexpr = (2 if B_HIGH else 1) if A_HIGH else 0
         B_KIND: tl.constexpr = (2 if A_HIGH else 1) if B_HIGH else 0
@@ -283,17 +275,9 @@ def _gemm_block_kernel(
         for i in tl.range(1, a_count + b_count + 1, num_stages=STAGES):
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
             b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, B_KIND)
-            new = tl.dot(a, b.T, out_dtype=tl.int32)
-            if DEFER:
-                acc = _promote(acc, product, sa, sb, A_SUB, B_SUB)
-                product = new
-            sa = tl.load(a_scales + k * a_scale_k) * residual_step
-            sb = tl.load(b_scales + k * b_scale_k)
-            if not DEFER:
-                acc = _promote(acc, new, sa, sb, A_SUB, B_SUB)
+            product = tl.dot(a, b.T, out_dtype=tl.int32)
+            acc = _promote(acc, product, a_scales + k * a_scale_k, b_scales + k * b_scale_k, step, A_SUB, B_SUB)
             k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
-    if DEFER:
-        acc = _promote(acc, product, sa, sb, A_SUB, B_SUB)
     _finish(acc, bias, accumulate, out, pm, pn, rows, columns, BM, BN)
 
 
@@ -321,7 +305,7 @@ def gemm_row(
         ``[R, N]`` in ``out_dtype``, contiguous.
     """
     _check(a, b)
-    tile = choose("row", a.size[0], b.size[0], a.block, has_fallback(b), a.low.device)
+    tile = choose("row", a.size[0], b.size[0], a.block, has_fallback(b), accumulate is not None, a.low.device)
     return launch_row(a, b, bias, out_dtype, accumulate, tile)
 
 
@@ -338,7 +322,7 @@ def gemm_block(
     :func:`gemm_row`, but both ``scale`` are float32 ``[RB, QB]``, of any strides.
     """
     _check(a, b)
-    tile = choose("block", a.size[0], b.size[0], a.block, has_fallback(b), a.low.device)
+    tile = choose("block", a.size[0], b.size[0], a.block, has_fallback(b), accumulate is not None, a.low.device)
     return launch_block(a, b, bias, out_dtype, accumulate, tile)
 
 
@@ -359,7 +343,7 @@ def launch_row(
 
 def launch_block(
     a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, accumulate: Tensor | None,
-    tile: Tile, defer: bool | None = None,
+    tile: Tile,
 ) -> Tensor:  # fmt: skip
     """:func:`gemm_block` with a given tile."""
     if a.scale is None or b.scale is None:
@@ -370,9 +354,7 @@ def launch_block(
     scale_strides = (*a.scale.stride(), *b.scale.stride())
     with torch.cuda.device_of(out):
         programs, args, constants = _arguments(a, b, bias, accumulate, out, tile, pairs=False)
-        _gemm_block_kernel[(programs,)](
-            *args, *scale_strides, 1.0 / RESIDUAL_STEPS, DEFER=tile.defer if defer is None else defer, **constants
-        )
+        _gemm_block_kernel[(programs,)](*args, *scale_strides, 1.0 / RESIDUAL_STEPS, **constants)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Tiles by architecture and form, from large to small: rows, columns, warps, stages, group, defer (see `tiles.Tile`).
+"""Tiles by architecture and form, from large to small: rows, columns, warps, stages, group (see `tiles.Tile`).
 
 An architecture without a list of its own takes that of the next lower one.
 """
@@ -19,14 +19,14 @@ TILES = {
         "block32": [(64, 64, 4, 4, 8)],
     },
     90: {
-        "row": [(128, 256, 8, 4, 8), (128, 128, 4, 3, 8), (64, 64, 4, 4, 8)],
-        "row_both": [(128, 128, 4, 3, 8), (64, 64, 4, 4, 8)],
-        "block128": [(128, 128, 8, 4, 8, True), (64, 64, 4, 4, 8, True)],
+        "row": [(128, 256, 8, 3, 4), (128, 128, 8, 3, 8), (64, 64, 4, 4, 8)],
+        "row_both": [(128, 128, 8, 3, 8), (64, 64, 4, 4, 8)],
+        "block128": [(128, 128, 8, 4, 4), (64, 64, 4, 4, 8)],
         "block64": [(64, 128, 8, 4, 8), (64, 64, 4, 4, 8)],
         "block32": [(64, 64, 4, 4, 8)],
     },
     100: {
-        "row": [(128, 128, 8, 3, 8), (64, 64, 4, 4, 8)],
+        "row": [(128, 128, 8, 3, 8), (64, 64, 8, 4, 8)],
         "row_both": [(128, 128, 8, 3, 8), (64, 64, 4, 4, 8)],
         "block128": [(128, 128, 8, 3, 8), (64, 64, 4, 4, 8)],
         "block64": [(64, 128, 8, 3, 8), (64, 64, 4, 4, 8)],

@@ -22,6 +22,7 @@ SHARED_MEMORY = {
 }  # fmt: skip
 # What a CPU (Triton's interpreter) and a chip that is not in the table are taken for: the least capable.
 FALLBACK_ARCHITECTURE = 86
+MOST_WITH_ADDEND = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ class Tile:
         warps: Warps a program.
         stages: Depth of the software pipeline, in blocks of the contraction.
         group: How many row tiles are visited together, for the L2 cache.
-        defer: With ``block`` scaling, scale each block's product while the tensor cores work on the next one. Takes
-            registers, and pays where their instructions are asynchronous (Hopper).
     """
 
     rows: int
@@ -43,7 +42,6 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
-    defer: bool = False
 
     def shared_memory(self, block: int) -> int:
         """Bytes of shared memory that the pipeline holds: ``stages`` tiles of both operands, and some barriers."""
@@ -65,7 +63,7 @@ def candidates(architecture: int, key: str, block: int) -> list[Tile]:
     return [tile for tile in tiles if tile.shared_memory(block) <= limit]
 
 
-def choose(scaling: str, rows: int, columns: int, block: int, b_high: bool, device: torch.device) -> Tile:
+def choose(scaling: str, rows: int, columns: int, block: int, b_high: bool, addend: bool, device: torch.device) -> Tile:
     """The tile for an output ``[rows, columns]``.
 
     Args:
@@ -74,10 +72,17 @@ def choose(scaling: str, rows: int, columns: int, block: int, b_high: bool, devi
         columns: Columns of the output.
         block: Block edge.
         b_high: Whether the second operand has fallback blocks.
+        addend: Whether a tensor is added: a tile of more than ``MOST_WITH_ADDEND`` outputs has no registers for it.
         device: Where the product runs.
     """
-    architecture, processors = _chip(device)
-    return _first(architecture, processors, form(scaling, block, b_high), block, rows, columns)
+    architecture, processors = chip(device)
+    tiles = _listed(architecture, form(scaling, block, b_high), block)
+    for tile in tiles:
+        if addend and tile.rows * tile.columns > MOST_WITH_ADDEND:
+            continue
+        if blocks_along(rows, tile.rows) * blocks_along(columns, tile.columns) >= processors:
+            return tile
+    return tiles[-1]
 
 
 @functools.cache
@@ -85,15 +90,7 @@ def _listed(architecture: int, key: str, block: int) -> tuple[Tile, ...]:
     return tuple(candidates(architecture, key, block))
 
 
-def _first(architecture: int, processors: int, key: str, block: int, rows: int, columns: int) -> Tile:
-    tiles = _listed(architecture, key, block)
-    for tile in tiles:
-        if blocks_along(rows, tile.rows) * blocks_along(columns, tile.columns) >= processors:
-            return tile
-    return tiles[-1]
-
-
-def _chip(device: torch.device) -> tuple[int, int]:
+def chip(device: torch.device) -> tuple[int, int]:
     """Compute capability and number of multiprocessors."""
     if device.type != "cuda":
         return FALLBACK_ARCHITECTURE, 1

@@ -45,6 +45,7 @@ else:
     from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
     from lightning_int8.kernels.tiles import Tile
     from tests.assertions import EXACT, assert_close
+    from tests.kernels.bounds import checked_accesses
 
     TILES = [Tile(64, 64, 4, 3), Tile(128, 128, 4, 3), Tile(64, 128, 4, 3, 1), Tile(128, 256, 8, 4, 2)]
     # The interpreter casts to bfloat16 by cutting bits off, where the GPU and PyTorch round; in dB.
@@ -58,7 +59,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def poison(monkeypatch):
-        """Memory that the launchers allocate holds NaN, or integers that make a wild index."""
+        """Memory that the launchers allocate holds NaN, or integers that make a wild index; nothing else is touched."""
         empty = torch.empty
 
         def poisoned(*args, **kwargs):
@@ -66,6 +67,8 @@ else:
             return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
         monkeypatch.setattr(gemm.torch, "empty", poisoned)
+        with checked_accesses():
+            yield
 
     def operand(scaling, rows, depth, block, rate, *, transposed=False, scaled=True, seed=0, x=None):
         """A quantized ``[rows, depth]``, without high planes if ``rate`` is ``None``; unused ones are poisoned."""
