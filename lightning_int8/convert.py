@@ -7,7 +7,7 @@ its class, so parameters, optimizers, tied weights, hooks, wrappers and checkpoi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -224,9 +224,11 @@ def _nothing_converted(module: nn.Module, rows: Sequence[LayerReport]) -> str:
 
 
 def _warn_of_bypasses(names: Mapping[nn.Module, Sequence[str]], patterns: Sequence[str]) -> None:
-    def found(cls: type) -> Iterator[str]:
+    def found(cls: type, without: Collection[nn.Module] = ()) -> Iterator[str]:
         for child, aliases in names.items():
-            if isinstance(child, cls) and not any(a and matches(p, a) for a in aliases for p in patterns):
+            if not isinstance(child, cls) or child in without:
+                continue
+            if not any(a and matches(p, a) for a in aliases for p in patterns):
                 yield aliases[0] or "the module itself"
 
     attention = list(found(nn.MultiheadAttention))
@@ -237,7 +239,9 @@ def _warn_of_bypasses(names: Mapping[nn.Module, Sequence[str]], patterns: Sequen
             "F.scaled_dot_product_attention.",
             stacklevel=3,
         )
-    encoders = list(found(nn.TransformerEncoderLayer))
+    # Hooks, such as those of shared inputs, keep a layer off its fast path.
+    hooked = {m for m in names if any(child._forward_hooks or child._forward_pre_hooks for child in m.modules())}
+    encoders = list(found(nn.TransformerEncoderLayer, without=hooked))
     if encoders:
         warnings.warn(
             f"{_some(encoders)}: nn.TransformerEncoderLayer has a fast path in eval mode that reads weights without "

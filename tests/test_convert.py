@@ -173,8 +173,11 @@ def test_attention_and_encoder_layers_warn():
         pytest.warns(UserWarning, match=r"0\.self_attn: nn\.MultiheadAttention"),
         pytest.warns(UserWarning, match=r"0: nn\.TransformerEncoderLayer.*set_fastpath_enabled\(False\)"),
     ):
-        report = convert_to_int8(model)
-    assert report.skipped == {"0.self_attn.out_proj": "nn.MultiheadAttention reads its weight without calling it"}
+        report = convert_to_int8(model, ignore_modules=["linear2"])
+    assert report.skipped == {
+        "0.self_attn.out_proj": "nn.MultiheadAttention reads its weight without calling it",
+        "0.linear2": "ignored by 'linear2'",
+    }
 
 
 def test_wrapped_names_are_stripped(recwarn):
