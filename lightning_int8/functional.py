@@ -177,6 +177,11 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        if hasattr(tensor, "device_mesh"):
+            raise TypeError(
+                f"int8_linear: {name} is a DTensor. Convert the parallelized layer with convert_to_int8, which "
+                f"computes on each rank's shard, or pass {name}.to_local()."
+            )
         if not tensor.is_floating_point():
             raise TypeError(
                 f"int8_linear: {name} is {tensor.dtype}; it must be a real floating-point tensor (bfloat16, float16, "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_int8.functional import int8_linear
 from lightning_int8.recipe import Int8Recipe
+from lightning_int8.tensor_parallel import sharded_int8_linear
 from lightning_int8.threshold import FallbackState
 
 
@@ -52,7 +53,8 @@ class Int8Linear(nn.Linear):
         return linear  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        return int8_linear(
+        linear = sharded_int8_linear if hasattr(self.weight, "device_mesh") else int8_linear
+        return linear(
             input,
             self.weight,
             self.bias,
