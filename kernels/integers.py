@@ -55,34 +55,51 @@ def _high_byte(bits):
 
 
 @triton.jit
-def _store_low(low, low_t, value, row, column, rows, columns, B: tl.constexpr, PART: tl.constexpr):
-    """Writes a tile into ``low [rows, QB·B]`` and transposed into ``low_t [columns, RB·B]``, unless ``None``.
+def _rows_of_block(B: tl.constexpr, RUN: tl.constexpr):
+    """The order in which a program takes the rows of a block: those that one thread will hold are adjacent.
 
-    Padding rows of one are padding columns of the other, where the tile's values are zero. The transposed store takes
-    pointers that are contiguous along the other axis; `tl.trans` of 8-bit tiles is reported wrong in some versions.
+    A thread gets every ``B / RUN``-th row of a tile. Given that these are adjacent rows of the matrix, it holds runs of
+    ``RUN`` bytes of the transposed plane, which go through shared memory as words instead of bytes.
     """
-    i = tl.arange(0, B)[:, None]
-    j = tl.arange(0, PART)[None, :]
-    if low is not None:
-        pitch = tl.cdiv(columns, B) * B
-        low += row.to(tl.int64) * pitch + column
-        tl.store(low + (i * pitch + j), value, mask=i < rows - row)
-    if low_t is not None:
-        pitch_t = tl.cdiv(rows, B) * B
-        low_t += column.to(tl.int64) * pitch_t + row
-        tl.store(low_t + (j * pitch_t + i), value, mask=j < columns - column)
+    i = tl.arange(0, B)
+    return (i % (B // RUN)) * RUN + i // (B // RUN)
 
 
 @triton.jit
-def _store_high(high, high_t, value, slot, part, B: tl.constexpr, PART: tl.constexpr):
+def _transposed(value, B: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr):
+    """A tile with rows as in `_rows_of_block`, transposed, and its rows, now columns, in their own order."""
+    return tl.reshape(tl.permute(tl.reshape(value, [RUN, B // RUN, PART]), (2, 1, 0)), [PART, B])
+
+
+@triton.jit
+def _store_low(low, low_t, value, row, column, rows, columns, B: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr):
+    """Writes a tile into ``low [rows, QB·B]`` and transposed into ``low_t [columns, RB·B]``, unless ``None``.
+
+    Padding rows of one are padding columns of the other, where the tile's values are zero.
+    """
+    j = tl.arange(0, PART)
+    if low is not None:
+        i = _rows_of_block(B, RUN)
+        pitch = tl.cdiv(columns, B) * B
+        low += row.to(tl.int64) * pitch + column
+        tl.store(low + (i[:, None] * pitch + j[None, :]), value, mask=(i < rows - row)[:, None])
+    if low_t is not None:
+        i = tl.arange(0, B)
+        pitch_t = tl.cdiv(rows, B) * B
+        low_t += column.to(tl.int64) * pitch_t + row
+        mask = (j < columns - column)[:, None]
+        tl.store(low_t + (j[:, None] * pitch_t + i[None, :]), _transposed(value, B, PART, RUN), mask=mask)
+
+
+@triton.jit
+def _store_high(high, high_t, value, slot, part, B: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr):
     """Writes ``PART`` columns of an extra plane to tile ``slot`` of ``high`` and, transposed, ``high_t``."""
-    i = tl.arange(0, B)[:, None]
-    j = part * PART + tl.arange(0, PART)[None, :]
+    j = part * PART + tl.arange(0, PART)
     base = slot.to(tl.int64) * (B * B)
     if high is not None:
-        tl.store(high + base + (i * B + j), value)
+        tl.store(high + base + (_rows_of_block(B, RUN)[:, None] * B + j[None, :]), value)
     if high_t is not None:
-        tl.store(high_t + base + (j * B + i), value)
+        tl.store(high_t + base + (j[:, None] * B + tl.arange(0, B)[None, :]), _transposed(value, B, PART, RUN))
 
 
 @triton.jit
@@ -110,20 +127,23 @@ def row_planes(
     stride_c,
     B: tl.constexpr,
     PART: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Integers of ``PART`` columns of a block of ``x [R, Q]``, both bytes in both layouts."""
     row_block, column_block, part = _place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    r = row + tl.arange(0, B)
+    i = _rows_of_block(B, RUN)
+    j = tl.arange(0, PART)
+    r = row + i
     factor = tl.load(inverse + r, mask=r < rows, other=1.0)
-    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B, PART) * factor[:, None]
+    v = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c) * factor[:, None]
     bits = _integer_bits(v, None, None, _finite_mask(factor)[:, None])
-    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART)
+    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
     if high is not None:
         block_slot = tl.load(slot + row_block * tl.cdiv(columns, B) + column_block)
         if block_slot >= 0:
-            _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART)
+            _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART, RUN)
 
 
 @triton.jit
@@ -147,16 +167,17 @@ def gradient_planes(
     stride_c,
     B: tl.constexpr,
     PART: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM."""
     row_block, column_block, part = _place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    i = tl.arange(0, B)
+    i = _rows_of_block(B, RUN)
     j = tl.arange(0, PART)
     r = row + i
     c = column + j
-    tile = load_tile(dy, row, column, rows, columns, stride_r, stride_c, B, PART)
+    tile = load_tile(dy, row, column, i, j, rows, columns, stride_r, stride_c)
     if column_fold is not None:
         slot = tl.full([], -1, tl.int32)
         if a_high is not None:
@@ -167,10 +188,10 @@ def gradient_planes(
         factor = tl.load(a_inverse + r, mask=r < rows, other=1.0)
         v = (tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]) * factor[:, None]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[:, None])
-        _store_low(a_low, None, bits.to(tl.int8), row, column, rows, columns, B, PART)
+        _store_low(a_low, None, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
         if a_high is not None:
             if slot >= 0:
-                _store_high(a_high, None, _high_byte(bits), slot, part, B, PART)
+                _store_high(a_high, None, _high_byte(bits), slot, part, B, PART, RUN)
     if row_fold is not None:
         slot = tl.full([], -1, tl.int32)
         if g_high is not None:
@@ -181,10 +202,10 @@ def gradient_planes(
         factor = tl.load(g_inverse + c, mask=c < columns, other=1.0)
         v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
-        _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART)
+        _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
         if g_high is not None:
             if slot >= 0:
-                _store_high(None, g_high, _high_byte(bits), slot, part, B, PART)
+                _store_high(None, g_high, _high_byte(bits), slot, part, B, PART, RUN)
 
 
 @triton.jit
@@ -203,28 +224,30 @@ def block_planes(
     stride_c,
     B: tl.constexpr,
     PART: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts."""
     row_block, column_block, part = _place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
+    i = _rows_of_block(B, RUN)
+    j = tl.arange(0, PART)
     block = row_block * tl.cdiv(columns, B) + column_block
     block_slot = tl.full([], -1, tl.int32)
     if high is not None:
         block_slot = tl.load(slot + block)
     factor = tl.div_rn(1.0, tl.load(scale + block))
     mask = _finite_mask(factor)
-    v = load_tile(x, row, column, rows, columns, stride_r, stride_c, B, PART) * factor
+    v = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c) * factor
     bits = _integer_bits(v, None, None, mask)
     noise = None
     if seed is not None:
-        i = tl.arange(0, B)
-        noise = uniform(row, column, i[:, None], tl.arange(0, PART)[None, :], columns, tl.load(seed))
+        noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(seed))
         # Of a fallback block, the residuals carry the noise.
         bits = tl.where(block_slot >= 0, bits, _integer_bits(v, noise, 127.0, mask))
-    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART)
+    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
     if high is not None:
         if block_slot >= 0:
             # 254 residual steps to a base step: planes.RESIDUAL_STEPS
             residual = _integer_bits((v - round_half_even(v)) * 254.0, noise, 127.0, mask)
-            _store_high(high, high_t, residual.to(tl.int8), block_slot, part, B, PART)
+            _store_high(high, high_t, residual.to(tl.int8), block_slot, part, B, PART, RUN)

@@ -18,25 +18,20 @@ from lightning_int8.kernels.statistics import gradient_statistics, matrix_statis
 BLOCKS = (32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Launch options by kernel and block edge. `PART`: how many columns of a block (`gradient_statistics`: how many rows) a
-# program takes at a time.
+# program takes at a time; `RUN`: see `integers._rows_of_block`; `STAGES`: of the software pipeline.
+_PLANES = {
+    32: {"num_warps": 1, "PART": 32, "RUN": 4},
+    64: {"num_warps": 2, "PART": 64, "RUN": 4},
+    128: {"num_warps": 4, "PART": 64, "RUN": 4},
+}
 OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 8}},
-    "row_planes": {
-        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
-    },
-    "block_planes": {
-        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
-    },
-    "gradient_statistics": {
-        32: {"num_warps": 1, "PART": 16, "STAGES": 1},
-        64: {"num_warps": 4, "PART": 16, "STAGES": 1},
-        128: {"num_warps": 4, "PART": 16, "STAGES": 1},
-    },
-    "gradient_planes": {
-        32: {"num_warps": 1, "PART": 32}, 64: {"num_warps": 4, "PART": 64}, 128: {"num_warps": 8, "PART": 64}
-    },
-}  # fmt: skip
-SELECT_WARPS = 8
+    "row_planes": dict(_PLANES),
+    "block_planes": dict(_PLANES),
+    "gradient_statistics": {block: {"num_warps": 1, "PART": 512 // block, "STAGES": 3} for block in BLOCKS},
+    "gradient_planes": dict(_PLANES),
+}
+SELECT_WARPS = 4
 # Rows whose scales one select program makes.
 SELECT_ROWS = 32
 
@@ -70,7 +65,7 @@ def quantize_row(
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]``, ``high_t [C, B, B]`` int8; ``slot [RB, QB]`` int32;
         ``scale [R]``, ``int_max [R]`` float32.
     """
-    rows, columns, row_blocks, column_blocks = _check(x, block)
+    x, rows, columns, row_blocks, column_blocks = _check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
     scale, inverse, int_max = new.float32(rows), new.float32(rows), new.float32(rows)
@@ -134,7 +129,7 @@ def quantize_row_gradient(
         ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
         wanted comes back empty.
     """
-    rows, columns, row_blocks, column_blocks = _check(dy, block)
+    dy, rows, columns, row_blocks, column_blocks = _check(dy, block)
     new = _Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
     has_a, has_g = weight_scale is not None, input_scale is not None
@@ -225,7 +220,7 @@ def quantize_block(
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]`` int8;
         ``slot [RB, QB]`` int32; ``scale [RB, QB]`` float32.
     """
-    rows, columns, row_blocks, column_blocks = _check(x, block)
+    x, rows, columns, row_blocks, column_blocks = _check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
     scale = new.float32(row_blocks, column_blocks)
@@ -266,8 +261,8 @@ class _Allocator:
         return torch.empty(size, dtype=torch.float32, device=self.device)
 
 
-def _check(x: Tensor, block: int) -> tuple[int, int, int, int]:
-    """Sizes of ``x`` in elements and in blocks, if the kernels can take it."""
+def _check(x: Tensor, block: int) -> tuple[Tensor, int, int, int, int]:
+    """``x`` with strides that the kernels can take, and its size in elements and in blocks."""
     if block not in BLOCKS:
         raise ValueError(
             f"block={block} is not among the block sizes of the Triton kernels, {', '.join(map(str, BLOCKS))}; "
@@ -279,7 +274,12 @@ def _check(x: Tensor, block: int) -> tuple[int, int, int, int]:
             f"not {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}."
         )
     rows, columns = x.shape
-    return rows, columns, blocks_along(rows, block), blocks_along(columns, block)
+    if max(rows, columns) * block >= 2**31:
+        raise ValueError(f"the quantize kernels take at most {2**31 // block} rows and columns, not {tuple(x.shape)}.")
+    if sum(x.stride()) * block >= 2**31:
+        # Offsets within a block are 32-bit.
+        x = x.contiguous()
+    return x, rows, columns, blocks_along(rows, block), blocks_along(columns, block)
 
 
 def _planes(

@@ -18,13 +18,11 @@ _PLAIN_WEIGHT = tl.constexpr(127 * 2.0**-31)
 
 
 @triton.jit
-def load_tile(x, row, column, rows, columns, stride_r, stride_c, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The tile of ``x`` that begins at ``row`` and ``column``, float32, zero outside the matrix.
+def load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c):
+    """The rows ``row + i`` and columns ``column + j`` of ``x``, float32, zero outside the matrix.
 
-    Only its first element's offset needs 64 bits: the launchers see to it that offsets within a block fit 32.
+    Only the first element's offset needs 64 bits: the launchers see to it that offsets within a block fit 32.
     """
-    i = tl.arange(0, HEIGHT)
-    j = tl.arange(0, WIDTH)
     inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
     x += row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c
     return tl.load(x + (i[:, None] * stride_r + j[None, :] * stride_c), mask=inside, other=0.0).to(tl.float32)
@@ -53,9 +51,10 @@ def matrix_statistics(
     column_blocks = tl.cdiv(columns, B)
     row_block = pid // column_blocks
     column_block = pid % column_blocks
-    tile = load_tile(x, row_block * B, column_block * B, rows, columns, stride_r, stride_c, B, B)
+    i = tl.arange(0, B)
+    tile = load_tile(x, row_block * B, column_block * B, i, i, rows, columns, stride_r, stride_c)
     by_row = tl.max(magnitude_bits(tile), 1)
-    r = row_block * B + tl.arange(0, B)
+    r = row_block * B + i
     out = column_block.to(tl.int64) * rows + r
     if amax is not None:
         tl.store(amax + out, by_row, mask=r < rows)
@@ -97,7 +96,9 @@ def gradient_statistics(
     column_blocks = tl.cdiv(columns, B)
     row_block = pid // column_blocks
     column_block = pid % column_blocks
-    c = column_block * B + tl.arange(0, B)
+    i = tl.arange(0, PART)
+    j = tl.arange(0, B)
+    c = column_block * B + j
     if column_fold is not None:
         fold_c = tl.load(column_fold + c, mask=c < columns, other=0.0)
     a_largest = tl.zeros([PART], tl.int32)
@@ -106,8 +107,8 @@ def gradient_statistics(
     dy_sum = tl.zeros([PART, B], tl.float32)
     int_sum = tl.zeros([PART], tl.float32)
     for start in tl.range(0, B, PART, num_stages=STAGES):
-        tile = load_tile(dy, row_block * B + start, column_block * B, rows, columns, stride_r, stride_c, PART, B)
-        r = row_block * B + start + tl.arange(0, PART)
+        tile = load_tile(dy, row_block * B + start, column_block * B, i, j, rows, columns, stride_r, stride_c)
+        r = row_block * B + start + i
         if column_fold is not None:
             a = tile * fold_c[None, :]
             by_row = tl.max(magnitude_bits(a), 1)
