@@ -123,6 +123,7 @@ def _item(
 
 @triton.jit
 def _read(item, depth):
+    """An item's block and slots. Loops over items are a stage deeper, as Triton pipelines these reads as well."""
     return tl.load(item), tl.load(item + depth), tl.load(item + 2 * depth)
 
 
@@ -167,11 +168,10 @@ def _gemm_row_kernel(
     if A_HIGH and B_HIGH:
         pair = a_lists + b_lists + a_list * b_lists + b_list
         listed = items + pair.to(tl.int64) * (3 * depth)
-        k, a_at, b_at = _read(listed, depth)
-        for i in tl.range(1, tl.load(counts + pair) + 1, num_stages=STAGES):
+        for i in tl.range(0, tl.load(counts + pair), num_stages=STAGES + 1):
+            k, a_at, b_at = _read(listed + i, depth)
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, 1)
             b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, 1)
-            k, a_at, b_at = _read(listed + i, depth)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         acc = acc << 8
     if A_HIGH or B_HIGH:
@@ -188,11 +188,10 @@ def _gemm_row_kernel(
         b_first = (
             items + (a_lists + b_list if B_HIGH else a_list).to(tl.int64) * (3 * depth) - (a_count if B_HIGH else 0)
         )
-        k, a_at, b_at = _read(tl.where(a_count > 0, a_first, b_first), depth)
-        for i in tl.range(1, a_count + b_count + 1, num_stages=STAGES):
+        for i in tl.range(0, a_count + b_count, num_stages=STAGES + 1):
+            k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
             b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, B_KIND)
-            k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         acc = acc << 8
     a_ptrs = a_low + m[:, None] * ld + tl.arange(0, B)[None, :]
@@ -271,13 +270,12 @@ def _gemm_block_kernel(
         # An operand without fallback blocks has no lists, and nothing may be read where they would be.
         a_first = items + (a_list if A_HIGH else b_list).to(tl.int64) * (3 * depth)
         b_first = items + (b_list if B_HIGH else a_list).to(tl.int64) * (3 * depth) - (a_count if B_HIGH else 0)
-        k, a_at, b_at = _read(tl.where(a_count > 0, a_first, b_first), depth)
-        for i in tl.range(1, a_count + b_count + 1, num_stages=STAGES):
+        for i in tl.range(0, a_count + b_count, num_stages=STAGES + 1):
+            k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
             a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
             b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, B_KIND)
             product = tl.dot(a, b.T, out_dtype=tl.int32)
             acc = _promote(acc, product, a_scales + k * a_scale_k, b_scales + k * b_scale_k, step, A_SUB, B_SUB)
-            k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
     _finish(acc, bias, accumulate, out, pm, pn, rows, columns, BM, BN)
 
 
@@ -414,8 +412,7 @@ def _lists(
     a_lists, b_lists = blocks_along(a.size[0], a_sub * block), blocks_along(b.size[0], b_sub * block)
     number = a_lists + (b_lists if b_high else 0) + (a_lists * b_lists if pairs else 0)
     counts = torch.empty(number, dtype=torch.int32, device=a.low.device)
-    # One more, since the loops read the item after the last.
-    items = torch.empty(number * 3 * depth + 1, dtype=torch.int32, device=a.low.device)
+    items = torch.empty(number * 3 * depth, dtype=torch.int32, device=a.low.device)
     _list_kernel[(number,)](
         a.slot if a_high else counts, b.slot if b_high else counts, counts, items, depth, a_lists, b_lists,
         blocks_along(a.size[0], block), blocks_along(b.size[0], block), *_strides(a), *_strides(b),
