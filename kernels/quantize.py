@@ -83,7 +83,7 @@ def quantize_row(
         matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
             block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, None,
             None, amax, weight, limit, scale, inverse, int_max, rows, columns,
-            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
+            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         row_planes[_parts("row_planes", blocks, block)](
             x, inverse, slot, low, low_t if transpose else None, high if fallback else None,
@@ -178,7 +178,7 @@ def quantize_row_gradient(
             g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT * 2.0**-31, g_slot, g_scale,
             g_inverse, g_seed, sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
             FALLBACK=fallback,
-            **_select_sizes(block, blocks, max(row_blocks, column_blocks)), num_warps=SELECT_WARPS,
+            **_select_sizes(block, blocks, max(row_blocks, column_blocks)),
         )  # fmt: skip
         if has_a or has_g:
             gradient_planes[_parts("gradient_planes", blocks, block)](
@@ -235,7 +235,7 @@ def quantize_block(
         matrix_select[(row_blocks, 1)](
             block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, seed,
             scale, None, None, 0.0, None, None, None, rows, columns,
-            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks), num_warps=SELECT_WARPS,
+            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         block_planes[_parts("block_planes", blocks, block)](
             x, scale, slot, seed, low, low_t if transpose else None, high if fallback else None,
@@ -330,5 +330,8 @@ def _select_sizes(block: int, blocks: int, along: int) -> dict:
         "CHUNK": 512 if blocks <= 512 else 4096,
         "COLUMN_CHUNK": 8 if along <= 8 else 32 if along <= 32 else 128,
         "PART": min(SELECT_ROWS, block),
+        "num_warps": SELECT_WARPS,
+        # Left to itself, ptxas spills a register to get more warps on a multiprocessor than are launched.
+        "maxnreg": 96,
         "enable_fp_fusion": False,
     }
