@@ -68,7 +68,7 @@ def fallback_mask(
 
     Args:
         amax: Block AbsMax, float32 ``[RB, QB]``.
-        state: ``FallbackState.tensor``, float32 ``[operands, 4]``; its row ``operand`` is updated in place (threshold
+        state: ``FallbackState.tensor``, float32 ``[operands, 5]``; its row ``operand`` is updated in place (threshold
             seeded, counts added) when ``update``.
         operand: Row of ``state``.
         seed_rate: Fraction in [0, 1].

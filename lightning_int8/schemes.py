@@ -117,9 +117,7 @@ class RowScheme(_BlockFallback):
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
-        low_t = high_t = slot = input_scale = int_max = None
-        if saved is not None:
-            low_t, high_t, slot, input_scale, int_max = saved
+        low_t, high_t, slot, input_scale, int_max = saved or [None] * 5
         a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
             dy,
             weight_scale,
@@ -137,7 +135,7 @@ class RowScheme(_BlockFallback):
         dgrad = wgrad = input_transposed = None
         if weight is not None:
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
-        if saved is not None:
+        if high_t is not None and slot is not None:
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
             input_capacity = high_t.shape[0]
             input_transposed = self._matrix(low_t, high_t, slot.t().contiguous(), None, size[::-1], input_capacity)

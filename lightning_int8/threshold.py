@@ -19,9 +19,11 @@ from lightning_int8.names import strip_wrappers
 from lightning_int8.recipe import Int8Recipe
 
 # Columns of FallbackState.tensor.
-THRESHOLD, FALLBACK_BLOCKS, TOTAL_BLOCKS, RATE = range(4)
+THRESHOLD, FALLBACK_BLOCKS, TOTAL_BLOCKS, RATE, STEP = range(5)
 # A threshold stays in this range, so that a run of extreme steps cannot make it 0 or infinite for good.
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-30, 1e30
+# Smallest exponent of the factor that a threshold moves by, and how fast the exponent recovers.
+MIN_STEP, STEP_GROWTH = 1 / 64, 1.5
 
 _OPERANDS = {"row": ("x", "dy_dgrad", "dy_wgrad"), "block": ("x", "dy"), "vector": ()}
 
@@ -32,11 +34,11 @@ class FallbackState:
     Attributes:
         recipe: The layer's recipe.
         operands: Names of the operands with a threshold, in the order of ``tensor``'s rows.
-        parts: Two float32 ``[len(operands), 4]`` on the layer's device, or ``None`` until a device is known: the first
+        parts: Two float32 ``[len(operands), 5]`` on the layer's device, or ``None`` until a device is known: the first
             is the forward's, which writes row 0 (X), the second the backward's, which writes the others. Two, because
             a traced program can change a tensor either in its forward or in its backward. Columns: threshold (AbsMax,
             in the operand's own unit; NaN before the first step seeds it), fallback blocks and total blocks since the
-            last update, fallback rate at the last update (NaN before).
+            last update, fallback rate at the last update (NaN before), exponent of the factor it last moved by.
     """
 
     def __init__(self, recipe: Int8Recipe) -> None:
@@ -47,7 +49,7 @@ class FallbackState:
 
     @property
     def tensor(self) -> Tensor | None:
-        """A copy of the rows in use, float32 ``[len(operands), 4]``, or ``None`` until a device is known."""
+        """A copy of the rows in use, float32 ``[len(operands), 5]``, or ``None`` until a device is known."""
         return None if self.parts is None else torch.cat([self.parts[0][:1], self.parts[1][1:]])
 
     @property
@@ -62,7 +64,7 @@ class FallbackState:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``parts`` on ``device``, made on first use and moved when the layer has moved."""
         if self.parts is None:
-            fresh = torch.zeros(len(self.operands), 4)
+            fresh = torch.zeros(len(self.operands), 5)
             fresh[:, [THRESHOLD, RATE]] = float("nan")
             self._set(fresh, device)
         elif self.device != device:
@@ -197,10 +199,15 @@ def _update_on_device(
         threshold = packed[0] / packed[1]  # 0 / 0: NaN, not seeded anywhere
         fallback, total = packed[2], packed[3]
     rate = fallback / total  # 0 / 0 where nothing was counted: NaN, which compares false with both limits
-    moved = torch.where(rate > high, threshold * factor, torch.where(rate < low, threshold / factor, threshold))
+    direction = (rate > high).float() - (rate < low).float()
+    last = table[:, STEP]
+    growing = torch.where(last == 0, 1.0, last.abs() * STEP_GROWTH).clamp_max(1.0)
+    size = torch.where(direction * last < 0, last.abs() / 2, growing).clamp_min(MIN_STEP)
+    step = torch.where(direction == 0, last, direction * size)
+    moved = torch.where(direction == 0, threshold, threshold * factor**step)
     moved = moved.clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     new_rate = torch.where(total > 0, rate, table[:, RATE])
-    updated = torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved), new_rate], dim=1)
+    updated = torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved), new_rate, step], dim=1)
     of_layer = updated.split([len(state.operands) for state in states])
     # Both parts hold every row, so that either shows the whole state between updates.
     torch._foreach_copy_([part for pair in parts for part in pair], [rows for rows in of_layer for _ in range(2)])

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
-from lightning_int8.threshold import MAX_THRESHOLD, MIN_THRESHOLD, RATE, THRESHOLD
+from lightning_int8.threshold import (
+    FALLBACK_BLOCKS,
+    MAX_THRESHOLD,
+    MIN_THRESHOLD,
+    RATE,
+    THRESHOLD,
+    TOTAL_BLOCKS,
+)
 from tests.tiny import BATCH, RECIPE, WIDTH, TinyModel, assert_same, batches, thresholds
 
 NAN = float("nan")
@@ -18,7 +25,9 @@ NAN = float("nan")
 
 def state_of(row: list[float], recipe: Int8Recipe = RECIPE) -> FallbackState:
     state = FallbackState(recipe)
-    state.load_state_dict({"operands": list(state.operands), "tensor": torch.tensor([row] * len(state.operands))})
+    state.load_state_dict(
+        {"operands": list(state.operands), "tensor": torch.tensor([[*row, 0.0]] * len(state.operands))}
+    )
     return state
 
 
@@ -30,7 +39,23 @@ def test_threshold_moves_by_the_factor_only_when_the_rate_left_its_band(fallback
     state = state_of([2.0, fallback, total, NAN])
     update_thresholds([state])
     wanted = torch.tensor([expected, 0.0, 0.0, fallback / total]).expand(3, 4)
-    torch.testing.assert_close(state.tensor, wanted)
+    torch.testing.assert_close(state.tensor[:, :4], wanted)
+
+
+def test_an_overshooting_threshold_moves_back_by_less():
+    """Blocks between 1.00 and 1.10: steps of 1.3 would swing between all and none, halved ones find the band."""
+    values = torch.linspace(1.0, 1.1, 100)
+    state = state_of([0.8, 0.0, 0.0, NAN])
+    rates = []
+    for _ in range(20):
+        for part in state.on(torch.device("cpu")):
+            part[:, FALLBACK_BLOCKS] = (values > part[0, THRESHOLD]).sum()
+            part[:, TOTAL_BLOCKS] = 100
+        update_thresholds([state])
+        rates.append(state.tensor[0, RATE].item())
+    assert rates[0] == 1.0
+    assert rates[1] == pytest.approx(0.6)
+    assert all(0.1 <= rate <= 0.3 for rate in rates[10:]), rates
 
 
 def test_each_operand_has_its_own_band():
@@ -43,7 +68,7 @@ def test_each_operand_has_its_own_band():
 def test_nothing_counted_leaves_threshold_and_last_rate():
     state = state_of([2.0, 0.0, 0.0, 0.25])
     update_thresholds([state])
-    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25]] * 3
+    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 3
 
 
 @pytest.mark.parametrize("bad", [0.0, float("inf"), NAN, -1.0])
@@ -166,7 +191,7 @@ def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(prese
 def test_state_round_trip_leaves_out_counts_and_copies():
     state = state_of([2.0, 5.0, 10.0, 0.25])
     saved = state.state_dict()
-    assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25]] * 3
+    assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 3
     other = FallbackState(RECIPE)
     other.load_state_dict(saved)
     other.discard_counts(gradient_factor=7.0)
@@ -179,7 +204,7 @@ def test_state_round_trip_leaves_out_counts_and_copies():
 def test_discarded_counts_leave_thresholds_but_rescale_the_gradients():
     state = state_of([2.0, 5.0, 10.0, 0.25])
     state.discard_counts(gradient_factor=0.5)
-    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]]
+    assert state.tensor[:, :4].tolist() == [[2.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]]
 
 
 def test_deep_copies_do_not_share_state():

@@ -119,7 +119,7 @@ def updates(module: nn.Module) -> set[int]:
     factor = RECIPE.threshold_factor
     counts = set()
     for state in fallback_states(module).values():
-        for threshold, _, _, rate in state.tensor.tolist():
+        for threshold, _, _, rate, _ in state.tensor.tolist():
             if not math.isnan(rate):
                 counts.add(round(math.log(FAR / threshold, factor)))
     return counts
