@@ -16,6 +16,8 @@ consumers only need to know how many stages each level has, which one masked sum
 
 `block`. Sums are FP32, and each block's INT32 product is scaled into them. On Hopper that costs about as much as the
 product itself, so a consumer multiplies 64×128 at a time and scales it while the other consumer's product runs.
+
+The quantize ops of this backend are the portable ones.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lightning_int8.kernels import portable
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
+from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient
+
+__all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize_row_gradient"]
 
 # The edge of a fallback block; this backend has no other.
 BLOCK = 128
@@ -76,6 +82,14 @@ def _next(flags, after, DEPTH: gl.constexpr):
 
 
 @gluon.jit
+def _slot(slots, k, DEPTH: gl.constexpr):
+    if slots is None:
+        return k
+    else:
+        return gl.load(slots + k, mask=k < DEPTH, other=0)
+
+
+@gluon.jit
 def _acquire(it, full, empty, size: gl.constexpr, STAGES: gl.constexpr):
     """Waits until the ring's next stage is free and announces ``size`` bytes for it."""
     stage = it % STAGES
@@ -85,13 +99,33 @@ def _acquire(it, full, empty, size: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK: gl.constexpr, STAGES: gl.constexpr):
-    stage = _acquire(it, full, empty, 3 * BLOCK * BLOCK, STAGES)
-    bar = full.index(stage)
-    tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
-    for side in gl.static_range(2):
-        at = [(2 * pn + side) * BLOCK, k * BLOCK]
-        tma.async_copy_global_to_shared(b_desc, at, bar, b_bufs.index(2 * stage + side))
+def _load_listed(
+    flags, it, a_desc, a_slots, a_row, b_desc, b_slots, b_row, a_bufs, b_bufs, full, empty, SIDES: gl.constexpr,
+    DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One stage for each flagged block of the contraction.
+
+    An operand with ``slots`` (a row of ``slot``) comes from its high planes, ``b`` then for one side of the tile.
+    """
+    k = _next(flags, -1, DEPTH)
+    a_slot, b_slot = _slot(a_slots, k, DEPTH), _slot(b_slots, k, DEPTH)
+    while k < DEPTH:
+        a_at, b_at = [a_row * BLOCK, k * BLOCK], [b_row * BLOCK, k * BLOCK]
+        if a_slots is not None:
+            a_at = [a_slot * BLOCK, 0]
+        if b_slots is not None:
+            b_at = [b_slot * BLOCK, 0]
+        # What the next block needs is looked up before this one waits for its stage.
+        k = _next(flags, k, DEPTH)
+        a_slot, b_slot = _slot(a_slots, k, DEPTH), _slot(b_slots, k, DEPTH)
+        stage = _acquire(it, full, empty, (1 + SIDES) * BLOCK * BLOCK, STAGES)
+        bar = full.index(stage)
+        tma.async_copy_global_to_shared(a_desc, a_at, bar, a_bufs.index(stage))
+        tma.async_copy_global_to_shared(b_desc, b_at, bar, b_bufs.index(2 * stage))
+        if SIDES == 2:
+            tma.async_copy_global_to_shared(b_desc, [b_at[0] + BLOCK, b_at[1]], bar, b_bufs.index(2 * stage + 1))
+        it += 1
+    return it
 
 
 @gluon.jit
@@ -100,115 +134,48 @@ def _producer(
     blocks_n, depth, HIGH_HIGH: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """For each tile, by halves: ``high·high``, ``low·high``; then whole: ``low·low`` with ``high·low``, ``low·low``."""
-    BYTES: gl.constexpr = BLOCK * BLOCK
+    """For each tile ``high·high`` side by side, ``high·low``, ``low·high`` side by side, ``low·low``."""
     it = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         pm, pn = _tile(t, tiles_m, tiles_n, GROUP)
+        a_slots = None
         if a_slot_ptr is not None:
+            a_slots = a_slot_ptr + pm * depth
             a_flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
         if HIGH_HIGH:
-            for half in range(2):
-                b_row = 2 * pn + half
-                both = a_flags & (_slot_row(b_slot_ptr, b_row, blocks_n, depth, DEPTH) >= 0)
-                k = _next(both, -1, DEPTH)
-                while k < DEPTH:
-                    a_at = gl.load(a_slot_ptr + pm * depth + k) * BLOCK
-                    b_at = gl.load(b_slot_ptr + b_row * depth + k) * BLOCK
-                    stage = _acquire(it, full, empty, 2 * BYTES, STAGES)
-                    bar = full.index(stage)
-                    tma.async_copy_global_to_shared(a_high_desc, [a_at, 0], bar, a_bufs.index(stage))
-                    tma.async_copy_global_to_shared(b_high_desc, [b_at, 0], bar, b_bufs.index(2 * stage))
-                    it += 1
-                    k = _next(both, k, DEPTH)
+            for side in range(2):
+                row = 2 * pn + side
+                flags = a_flags & (_slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0)
+                it = _load_listed(
+                    flags, it, a_high_desc, a_slots, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs,
+                    full, empty, 1, DEPTH, BLOCK, STAGES,
+                )  # fmt: skip
+        if a_slot_ptr is not None:
+            it = _load_listed(
+                a_flags, it, a_high_desc, a_slots, pm, b_desc, None, 2 * pn, a_bufs, b_bufs, full, empty, 2, DEPTH,
+                BLOCK, STAGES,
+            )  # fmt: skip
         if b_slot_ptr is not None:
-            for half in range(2):
-                b_row = 2 * pn + half
-                b_flags = _slot_row(b_slot_ptr, b_row, blocks_n, depth, DEPTH) >= 0
-                k = _next(b_flags, -1, DEPTH)
-                while k < DEPTH:
-                    b_at = gl.load(b_slot_ptr + b_row * depth + k) * BLOCK
-                    stage = _acquire(it, full, empty, 2 * BYTES, STAGES)
-                    bar = full.index(stage)
-                    tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
-                    tma.async_copy_global_to_shared(b_high_desc, [b_at, 0], bar, b_bufs.index(2 * stage))
-                    it += 1
-                    k = _next(b_flags, k, DEPTH)
-        if a_slot_ptr is None:
-            for k in range(depth):
-                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
-                it += 1
-        else:
-            k = _next(a_flags, -1, DEPTH)
-            while k < DEPTH:
-                a_at = gl.load(a_slot_ptr + pm * depth + k) * BLOCK
-                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
-                stage = _acquire(it + 1, full, empty, BYTES, STAGES)
-                tma.async_copy_global_to_shared(a_high_desc, [a_at, 0], full.index(stage), a_bufs.index(stage))
-                it += 2
-                k = _next(a_flags, k, DEPTH)
-            plain = (a_flags == 0) & (gl.arange(0, DEPTH, a_flags.type.layout) < depth)
-            k = _next(plain, -1, DEPTH)
-            while k < DEPTH:
-                _load_low(a_desc, b_desc, pm, pn, k, it, a_bufs, b_bufs, full, empty, BLOCK, STAGES)
-                it += 1
-                k = _next(plain, k, DEPTH)
+            for side in range(2):
+                row = 2 * pn + side
+                flags = _slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0
+                it = _load_listed(
+                    flags, it, a_desc, None, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs, full,
+                    empty, 1, DEPTH, BLOCK, STAGES,
+                )  # fmt: skip
+        for k in range(depth):
+            stage = _acquire(it, full, empty, 3 * BLOCK * BLOCK, STAGES)
+            bar = full.index(stage)
+            tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
+            for half in gl.static_range(2):
+                at = [(2 * pn + half) * BLOCK, k * BLOCK]
+                tma.async_copy_global_to_shared(b_desc, at, bar, b_bufs.index(2 * stage + half))
+            it += 1
 
 
 @gluon.jit
-def _wait_full(it, full, STAGES: gl.constexpr):
-    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
-    return it % STAGES
-
-
-@gluon.jit
-def _product(a, b, like):
-    """Starts ``a @ bᵀ``, in INT32."""
-    zero = gl.full(like.shape, 0, gl.int32, like.type.layout)
-    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _multiply_a_high(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
-    """Blocks whose high plane is ``a``'s: pairs of stages, low planes and high plane."""
-    for _ in range(n):
-        low, high = _wait_full(it, full, STAGES), (it + 1) % STAGES
-        a, b_left, b_right = a_bufs.index(low).slice(64 * WG, 64), b_bufs.index(2 * low), b_bufs.index(2 * low + 1)
-        right = warpgroup_mma(a, b_right.permute((1, 0)), right, is_async=True)
-        _wait_full(it + 1, full, STAGES)
-        a_high = a_bufs.index(high).slice(64 * WG, 64)
-        product = _product(a_high, b_left, left)
-        product, right = warpgroup_mma_wait(0, deps=(product, right))
-        left += product << 8
-        left = warpgroup_mma(a, b_left.permute((1, 0)), left, is_async=True)
-        product = _product(a_high, b_right, right)
-        product, left = warpgroup_mma_wait(0, deps=(product, left))
-        mbarrier.arrive(empty.index(low))
-        mbarrier.arrive(empty.index(high))
-        right += product << 8
-        it += 2
-    return left, right, it
-
-
-@gluon.jit
-def _multiply_half(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
-    """``acc += a @ bᵀ`` over the ring's next ``n`` stages, for one half of the tile's width."""
-    for k in range(n):
-        stage = it % STAGES
-        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-        a = a_bufs.index(stage).slice(64 * WG, 64)
-        acc = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=k > 0)
-        it += 1
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
-    return acc, it
-
-
-@gluon.jit
-def _multiply_low(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
-    """``low·low`` over the ring's next ``n`` stages, one of them in flight behind the one that is waited for."""
+def _multiply(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """``acc += a @ bᵀ`` over the ring's next ``n`` stages, one in flight behind the one that is waited for."""
     for k in range(n):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -221,6 +188,22 @@ def _multiply_low(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.conste
     left, right = warpgroup_mma_wait(0, deps=(left, right))
     mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
     return left, right, it
+
+
+@gluon.jit
+def _multiply_half(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """The same for one half of the tile's width."""
+    for k in range(n):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+        a = a_bufs.index(stage).slice(64 * WG, 64)
+        acc = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=k > 0)
+        it += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
+    return acc, it
 
 
 @gluon.jit
@@ -257,26 +240,35 @@ def _store_direct(out, row, col, c_ptr, bias_ptr, sum_ptr, rows, cols, CUTS: gl.
 
 
 @gluon.jit
-def _store_half(out, row, col, c_ptr, c_desc, c_buf, bias_ptr, sum_ptr, rows, cols):
+def _store_tma(out, row, col, c_desc, c_buf):
+    # The buffer is free again once TMA has read what was stored from it the time before last.
+    tma.store_wait(1)
+    c_buf.store(out.to(c_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(c_desc, [row, col], c_buf)
+
+
+@gluon.jit
+def _store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG: gl.constexpr):
     """Adds bias and an existing sum to 64×128 FP32 values and writes them at ``(row, col)``."""
     if c_desc is not None:
         out, _, _ = _finish(out, row, col, bias_ptr, sum_ptr, rows, cols)
-        # The buffer is free again once TMA has read the half before this one.
-        tma.store_wait(0)
-        c_buf.store(out.to(c_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(c_desc, [row, col], c_buf)
+        left, right = _halves(out)
+        _store_tma(left, row, col, c_desc, c_bufs.index(2 * WG))
+        _store_tma(right, row, col + out.shape[1] // 2, c_desc, c_bufs.index(2 * WG + 1))
     else:
         _store_direct(out, row, col, c_ptr, bias_ptr, sum_ptr, rows, cols, 2)
 
 
 @gluon.jit
-def _scaled(acc, row_scale, b_scale_ptr, col, cols):
-    out = acc.to(gl.float32) * row_scale[:, None]
-    if b_scale_ptr is not None:
-        c = col + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-        out *= gl.load(b_scale_ptr + c, mask=c < cols, other=0)[None, :]
-    return out
+def _load_scales(scale_ptr, start, size, like, DIM: gl.constexpr):
+    """``like.shape[DIM]`` scales from ``start`` on, in that dimension's layout; ones if there are none."""
+    layout: gl.constexpr = gl.SliceLayout(1 - DIM, like.type.layout)
+    if scale_ptr is None:
+        return gl.full((like.shape[DIM],), 1.0, gl.float32, layout)
+    else:
+        at = start + gl.arange(0, like.shape[DIM], layout)
+        return gl.load(scale_ptr + at, mask=at < size, other=0)
 
 
 @gluon.jit
@@ -287,43 +279,47 @@ def _row_consumer(
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     blocks_n = (cols + BLOCK - 1) // BLOCK
+    tiles = tiles_m * tiles_n
+    if a_slot_ptr is not None:
+        first, _ = _tile(gl.program_id(0), tiles_m, tiles_n, GROUP)
+        a_slots = _slot_row(a_slot_ptr, first, tiles_m, depth, DEPTH)
     it = 0
-    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         pm, pn = _tile(t, tiles_m, tiles_n, GROUP)
         left = gl.zeros((64, BLOCK), gl.int32, mma)
         right = gl.zeros((64, BLOCK), gl.int32, mma)
-        n = depth
         if a_slot_ptr is not None:
-            a_flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+            a_flags = a_slots >= 0
+            # For the next tile, so that it can begin at once.
+            next_pm, _ = _tile(min(t + gl.num_programs(0), tiles - 1), tiles_m, tiles_n, GROUP)
+            a_slots = _slot_row(a_slot_ptr, next_pm, tiles_m, depth, DEPTH)
         if b_slot_ptr is not None:
             left_flags = _slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
             right_flags = _slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH) >= 0
             left_n, right_n = _count(left_flags), _count(right_flags)
-            if a_slot_ptr is not None:
-                both_n, other_n = _count(a_flags & left_flags), _count(a_flags & right_flags)
-                left, it = _multiply_half(left, both_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-                right, it = _multiply_half(right, other_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-                left, right = left << 8, right << 8
-            left, it = _multiply_half(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-            right, it = _multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        if a_slot_ptr is not None and b_slot_ptr is not None:
+            n, m = _count(a_flags & left_flags), _count(a_flags & right_flags)
+            left, it = _multiply_half(left, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            right, it = _multiply_half(right, m, it, a_bufs, b_bufs, full, empty, WG, STAGES)
             left, right = left << 8, right << 8
         if a_slot_ptr is not None:
-            a_n = _count(a_flags)
-            n = depth - a_n
-            left, right, it = _multiply_a_high(left, right, a_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-        left, right, it = _multiply_low(left, right, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-
+            n = _count(a_flags)
+            left, right, it = _multiply(left, right, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        if b_slot_ptr is not None:
+            left, it = _multiply_half(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            right, it = _multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        if a_slot_ptr is not None or b_slot_ptr is not None:
+            left, right = left << 8, right << 8
+        # Ahead of their use, as far as there are registers: all warps wait for what is loaded after the last product.
         row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
-        r = row + gl.arange(0, 64, gl.SliceLayout(1, mma))
-        if a_scale_ptr is not None:
-            row_scale = gl.load(a_scale_ptr + r, mask=r < rows, other=0)
-        else:
-            row_scale = gl.full((64,), 1.0, gl.float32, gl.SliceLayout(1, mma))
-        c_buf = c_bufs.index(WG)
-        out = _scaled(left, row_scale, b_scale_ptr, col, cols)
-        _store_half(out, row, col, c_ptr, c_desc, c_buf, bias_ptr, sum_ptr, rows, cols)
-        out = _scaled(right, row_scale, b_scale_ptr, col + BLOCK, cols)
-        _store_half(out, row, col + BLOCK, c_ptr, c_desc, c_buf, bias_ptr, sum_ptr, rows, cols)
+        row_scale = _load_scales(a_scale_ptr, row, rows, left, 0)
+        left_scale = _load_scales(b_scale_ptr, col, cols, left, 1)
+        left, right, it = _multiply(left, right, depth, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        right_scale = _load_scales(b_scale_ptr, col + BLOCK, cols, right, 1)
+        out = left.to(gl.float32) * row_scale[:, None] * left_scale[None, :]
+        _store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
+        out = right.to(gl.float32) * row_scale[:, None] * right_scale[None, :]
+        _store_half(out, row, col + BLOCK, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
     if c_desc is not None:
         tma.store_wait(0)
 
@@ -340,7 +336,7 @@ def _rings(a_desc, c_desc, BLOCK: gl.constexpr, STAGES: gl.constexpr):
     fence_async_shared()
     c_bufs = a_bufs
     if c_desc is not None:
-        c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2, 64, BLOCK], c_desc.layout)
+        c_bufs = gl.allocate_shared_memory(c_desc.dtype, [4, 64, BLOCK // 2], c_desc.layout)
     return a_bufs, b_bufs, c_bufs, full, empty
 
 
@@ -379,15 +375,11 @@ def _row_kernel(
 @gluon.jit
 def _add_scaled(acc, a, b, scale):
     """``acc + scale·(a @ bᵀ)``; the other consumer's product runs during the conversion."""
-    product = warpgroup_mma_wait(0, deps=(_product(a, b, acc),))
+    # Not `gl.zeros`: Triton 3.6 cannot hand a layout to a function.
+    product = gl.full(acc.shape, 0, gl.int32, acc.type.layout)
+    product = warpgroup_mma(a, b.permute((1, 0)), product, use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
     return acc + product.to(gl.float32) * scale
-
-
-@gluon.jit
-def _block_scales(a_scales, left_scales, right_scales, k, depth):
-    """The scales of block ``k``, loaded one block ahead of their use (so ``k`` may have passed the last)."""
-    k = min(k, depth - 1)
-    return gl.load(a_scales + k), gl.load(left_scales + k), gl.load(right_scales + k)
 
 
 @gluon.jit
@@ -425,6 +417,20 @@ def _block_consumer(
         left_scales = b_scale_ptr + 2 * pn * depth
         # Past the last column block any scale does: what it multiplies is not stored.
         right_scales = b_scale_ptr + min(2 * pn + 1, blocks_n - 1) * depth
+        if a_slot_ptr is not None:
+            flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+            k = _next(flags, -1, DEPTH)
+            while k < DEPTH:
+                scale = gl.load(a_scales + k) * (1.0 / RESIDUAL_STEPS)
+                left_scale, right_scale = scale * gl.load(left_scales + k), scale * gl.load(right_scales + k)
+                k = _next(flags, k, DEPTH)
+                stage = it % STAGES
+                mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+                a = a_bufs.index(stage).slice(64 * WG, 64)
+                left = _add_scaled(left, a, b_bufs.index(2 * stage), left_scale)
+                right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_scale)
+                mbarrier.arrive(empty.index(stage))
+                it += 1
         if b_slot_ptr is not None:
             flags = _slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
             left, it = _add_extra(
@@ -434,33 +440,15 @@ def _block_consumer(
             right, it = _add_extra(
                 right, flags, it, a_scales, right_scales, a_bufs, b_bufs, full, empty, RESIDUAL_STEPS, DEPTH, STAGES, WG
             )
-        plain = gl.arange(0, DEPTH, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) < depth
-        if a_slot_ptr is not None:
-            flags = _slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
-            plain &= flags == 0
-            # Each of these blocks takes two turns, low plane and high plane, over the same stage's ``b``.
-            k = _next(flags, -1, DEPTH)
-            a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
-            for turn in range(2 * _count(flags)):
-                high = turn & 1
-                a_scale *= gl.where(high == 1, 1.0 / RESIDUAL_STEPS, 1.0)
-                left_factor, right_factor = a_scale * left_scale, a_scale * right_scale
-                k = _next(flags, k - 1 + high, DEPTH)
-                a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
-                a_stage, b_stage = _wait_full(it, full, STAGES), (it - high) % STAGES
-                a = a_bufs.index(a_stage).slice(64 * WG, 64)
-                left = _add_scaled(left, a, b_bufs.index(2 * b_stage), left_factor)
-                right = _add_scaled(right, a, b_bufs.index(2 * b_stage + 1), right_factor)
-                mbarrier.arrive(empty.index(b_stage), pred=high == 1)
-                mbarrier.arrive(empty.index(a_stage), pred=high == 1)
-                it += 1
-        k = _next(plain, -1, DEPTH)
-        a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
-        while k < DEPTH:
+        a_scale, left_scale, right_scale = gl.load(a_scales), gl.load(left_scales), gl.load(right_scales)
+        for k in range(depth):
             left_factor, right_factor = a_scale * left_scale, a_scale * right_scale
-            k = _next(plain, k, DEPTH)
-            a_scale, left_scale, right_scale = _block_scales(a_scales, left_scales, right_scales, k, depth)
-            stage = _wait_full(it, full, STAGES)
+            # Loaded a block ahead of its use.
+            ahead = min(k + 1, depth - 1)
+            a_scale = gl.load(a_scales + ahead)
+            left_scale, right_scale = gl.load(left_scales + ahead), gl.load(right_scales + ahead)
+            stage = it % STAGES
+            mbarrier.wait(full.index(stage), (it // STAGES) & 1)
             a = a_bufs.index(stage).slice(64 * WG, 64)
             left = _add_scaled(left, a, b_bufs.index(2 * stage), left_factor)
             right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_factor)
@@ -468,9 +456,8 @@ def _block_consumer(
             it += 1
 
         row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
-        c_buf = c_bufs.index(WG)
-        _store_half(left, row, col, c_ptr, c_desc, c_buf, bias_ptr, sum_ptr, rows, cols)
-        _store_half(right, row, col + BLOCK, c_ptr, c_desc, c_buf, bias_ptr, sum_ptr, rows, cols)
+        _store_half(left, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
+        _store_half(right, row, col + BLOCK, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
     if c_desc is not None:
         tma.store_wait(0)
 
@@ -520,7 +507,7 @@ def gemm_row(
     Blocks of 128 only; other sizes go to the portable kernel. Operands are contiguous and 16-byte aligned.
     """
     if a.block != BLOCK or b.block != BLOCK:
-        return _portable().gemm_row(a, b, bias, out_dtype, accumulate)
+        return portable.gemm_row(a, b, bias, out_dtype, accumulate)
     rows, cols, depth = a.size[0], b.size[0], blocks_along(a.size[1], BLOCK)
     out = torch.empty(rows, cols, dtype=out_dtype, device=a.low.device)
     if out.numel() == 0:
@@ -546,7 +533,7 @@ def gemm_block(
     Blocks of 128 only; other sizes go to the portable kernel. Operands are contiguous and 16-byte aligned.
     """
     if a.block != BLOCK or b.block != BLOCK:
-        return _portable().gemm_block(a, b, bias, out_dtype, accumulate)
+        return portable.gemm_block(a, b, bias, out_dtype, accumulate)
     if a.scale is None or b.scale is None:
         raise ValueError("gemm_block needs the block scales of both operands.")
     rows, cols, depth = a.size[0], b.size[0], blocks_along(a.size[1], BLOCK)
@@ -556,7 +543,7 @@ def gemm_block(
     _block_kernel[_grid(out)](
         *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
         RESIDUAL_STEPS=RESIDUAL_STEPS, DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=GROUP,
-        REGISTERS=REGISTERS, num_warps=4,
+        REGISTERS=REGISTERS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -583,13 +570,13 @@ def _output(out: Tensor, accumulate: Tensor | None) -> TensorDescriptor | None:
     """
     if out.element_size() != 2 or out.shape[1] % 8 or accumulate is not None:
         return None
-    return TensorDescriptor.from_tensor(out, [64, BLOCK], _layout(out.dtype))
+    return TensorDescriptor.from_tensor(out, [64, BLOCK // 2], _layout(out.dtype))
 
 
 @functools.cache
 def _layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
     kind = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([BLOCK if dtype == torch.int8 else 64, BLOCK], kind)
+    return gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK] if dtype == torch.int8 else [64, BLOCK // 2], kind)
 
 
 def _grid(out: Tensor) -> tuple[int]:
@@ -600,9 +587,3 @@ def _grid(out: Tensor) -> tuple[int]:
 @functools.cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _portable():
-    from lightning_int8.kernels import portable
-
-    return portable

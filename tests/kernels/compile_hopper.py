@@ -1,0 +1,99 @@
+"""Compiles the Hopper GEMMs as their launchers launch them and prints a line a kernel: its resources, its `IGMMA`s.
+
+``python -m tests.kernels.compile_hopper``: fails if one spills, needs more shared memory than the chip has, or has its
+`wgmma` serialized by the assembler. Run in a process without `TRITON_INTERPRET`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lightning_int8.kernels import hopper
+from lightning_int8.kernels.planes import QuantizedMatrix
+from tests.kernels.compiling import SHARED_MEMORY, Recorder, resources, source
+
+# a and b with fallback blocks, b scaled (`row`), output, bias and accumulation.
+CASES = [
+    (False, False, True, torch.bfloat16, False),
+    (True, False, True, torch.bfloat16, False),
+    (True, False, True, torch.float16, True),
+    (True, False, False, torch.bfloat16, False),
+    (True, True, False, torch.bfloat16, False),
+    (True, True, False, torch.float32, False),
+    (True, True, False, torch.float32, True),
+    (False, True, False, torch.bfloat16, False),
+]
+
+
+def operand(scaling: str, rows: int, depth: int, high: bool, scaled: bool) -> QuantizedMatrix:
+    """Shapes without values."""
+    shape = rows // 128, depth // 128
+    scale = torch.empty(shape if scaling == "block" else rows) if scaled else None
+    planes = torch.empty(4, 128, 128, dtype=torch.int8) if high else None
+    slot = torch.empty(shape, dtype=torch.int32) if high else None
+    return QuantizedMatrix(torch.empty(rows, depth, dtype=torch.int8), planes, slot, scale, (rows, depth), 128)
+
+
+def gluon_source(kernel: Any, arguments: dict[str, Any]) -> GluonASTSource:
+    """As :func:`source`, with tensor descriptors."""
+    plain = {k: None if isinstance(v, TensorDescriptor) else v for k, v in arguments.items()}
+    made = source(kernel, plain)
+    signature, constants = dict(made.signature), dict(made.constants)
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, TensorDescriptor):
+            kind = {torch.int8: "i8", torch.float16: "fp16", torch.bfloat16: "bf16"}[value.base.dtype]
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
+            constants.pop((i,), None)
+    return GluonASTSource(kernel, signature, constants, made.attrs)
+
+
+def sass(compiled: Any, folder: Path) -> str:
+    """The machine code."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", path], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    """Compiles and prints; the number of kernels that fail."""
+    wrong = 0
+    hopper._processors = lambda index: 132
+    with tempfile.TemporaryDirectory() as folder:
+        for scaling in ("row", "block"):
+            for a_high, b_high, b_scaled, dtype, full in CASES:
+                a = operand(scaling, 512, 1024, a_high, True)
+                b = operand(scaling, 1024, 1024, b_high, scaling == "block" or b_scaled)
+                extras = (torch.empty(1024), torch.empty(512, 1024)) if full else (None, None)
+                with Recorder() as recorder:
+                    getattr(hopper, f"gemm_{scaling}")(a, b, extras[0], dtype, extras[1])
+                ((kernel, arguments, options),) = recorder.launches
+                compiled = triton.compile(
+                    gluon_source(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options
+                )
+                used, code = resources(compiled, Path(folder)), sass(compiled, Path(folder))
+                fits = used["SHARED"] < SHARED_MEMORY[90]
+                # Where threads store the output themselves, addresses need more registers than there are: up to 16.
+                stack = 64 if dtype == torch.float32 or full else 0
+                # An accumulator touched in flight makes the assembler wait after every instruction.
+                serialized = code.count("WARPGROUP.DEPBAR") > code.count("IGMMA") // 2
+                fine = fits and used["STACK"] <= stack and used["LOCAL"] == 0 and "IGMMA" in code and not serialized
+                wrong += not fine
+                what = f"{scaling:5} high {a_high:d}{b_high:d} {dtype!s:14} bias+sum {full:d}"
+                print("ok  " if fine else "FAIL", what, used, "IGMMA", code.count("IGMMA"), "serialized" * serialized)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
