@@ -20,6 +20,8 @@ RECIPE ?= row
 TRAIN_ARGS := --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(STEPS),--steps $(STEPS)) \
 	$(if $(SEED),--seed $(SEED)) $(ARGS)
 WORKERS ?= 2
+# Most of a GPU test's time is compiling kernels, which workers do side by side.
+GPU_WORKERS ?= 6
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint format gpu-test clean
@@ -33,7 +35,7 @@ help: ## Show the targets
 	@echo "make test               all tests but the GPU's, with line coverage;  ARGS='-k name'"
 	@echo "make lint               ruff (lint and format) and mypy"
 	@echo "make format             let ruff fix and format"
-	@echo "make gpu-test           the tests that need a GPU"
+	@echo "make gpu-test           the tests that need a GPU; writes docs/results/<date>-<gpu>-gpu-tests.md"
 	@echo "make clean              remove what the tools wrote (not .venv, not runs/)"
 	@echo "PYTHON=python3          in front of any target: use that interpreter as it is, install nothing"
 
@@ -64,7 +66,7 @@ test: $(READY) ## Test with coverage
 		--cov --cov-report=term --cov-report=xml:build/coverage.xml --durations=10 $(ARGS)
 
 gpu-test: $(READY) ## Test on a GPU
-	$(RUN) -m pytest -m gpu --durations=10 $(ARGS)
+	$(RUN) -m pytest -m gpu -n $(GPU_WORKERS) --durations=10 $(ARGS)
 
 lint: $(READY) lightning_int8/kernels ## Lint, check formatting and types
 	$(RUN) -m ruff check .

@@ -11,17 +11,12 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-_MEASURED: list[tuple[str, str, str]] = []
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest):
+def measured(record_property):
     """Records a measurement for the result file: ``measured("peak memory", "1.23 GiB")``."""
-
-    def record(what: str, value: str) -> None:
-        _MEASURED.append((request.node.name, what, value))
-
-    return record
+    return record_property
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
@@ -40,7 +35,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
         f"Versions: {_versions()}  ",
         f"Outcome: {', '.join(f'{len(v)} {k}' for k, v in outcomes.items() if v)}",
         "",
-        *_table(("test", "measured", "value"), _MEASURED),
+        *_table(
+            ("test", "measured", "value"),
+            [(r.nodeid.split("::")[-1], what, str(value)) for r in reports for what, value in r.user_properties],
+        ),
         "",
         *_table(
             ("test", "outcome", "seconds"),
