@@ -104,7 +104,7 @@ class TensorParallel(TinyModule):
 def lightning(folder: Path, plugin: FallbackInt8Precision | None) -> dict[str, Any]:
     model = TensorParallel(steps=6)
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2, save_distributed_checkpoint=False)
-    run = trainer(folder, plugin=plugin, strategy=strategy, devices=2, gradient_clip_val=0.1)
+    run = trainer(folder, plugin=plugin, strategy=strategy, devices=2)
     run.fit(model)
     run.save_checkpoint(folder / "tensor_parallel.ckpt")
     return {"losses": model.losses, "weights": {name: whole(p) for name, p in model.named_parameters()}}

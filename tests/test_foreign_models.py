@@ -215,7 +215,7 @@ def test_torchs_transformer_encoder_trains_and_evaluates_in_int8() -> None:
 def test_the_encoders_fast_path_bypasses_int8_where_the_warning_says_so() -> None:
     plain = encoder()
     int8 = copy.deepcopy(plain)
-    with pytest.warns(UserWarning, match=r"fast path in eval mode .* set_fastpath_enabled\(False\)"):
+    with pytest.warns(UserWarning, match=r"fast path in eval mode.*set_fastpath_enabled\(False\)"):
         convert_to_int8(int8, RECIPE, ignore_modules=["linear2"])
     x = torch.randn(4, 16, 64)
     with torch.inference_mode():
