@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_int8.checkpoint import CorruptedCheckpointError, VerifiedCheckpointIO, verify_checkpoint
     from lightning_int8.convert import ConversionReport, convert_to_int8
+    from lightning_int8.energy import EnergyMonitor
     from lightning_int8.fabric import FabricFallbackInt8Precision
     from lightning_int8.functional import int8_linear
     from lightning_int8.linear import Int8Linear
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CorruptedCheckpointError": "checkpoint",
+    "VerifiedCheckpointIO": "checkpoint",
+    "verify_checkpoint": "checkpoint",
     "ConversionReport": "convert",
     "convert_to_int8": "convert",
+    "EnergyMonitor": "energy",
     "FabricFallbackInt8Precision": "fabric",
     "int8_linear": "functional",
     "Int8Linear": "linear",
@@ -39,17 +45,21 @@ _HOME = {
 __all__ = [
     "PRESETS",
     "ConversionReport",
+    "CorruptedCheckpointError",
+    "EnergyMonitor",
     "FabricFallbackInt8Precision",
     "FallbackInt8Precision",
     "FallbackRateMonitor",
     "FallbackState",
     "Int8Linear",
     "Int8Recipe",
+    "VerifiedCheckpointIO",
     "convert_to_int8",
     "fallback_states",
     "int8_linear",
     "resolve_recipe",
     "update_thresholds",
+    "verify_checkpoint",
 ]
 
 

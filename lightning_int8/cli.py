@@ -15,11 +15,23 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_int8.checkpoint import CorruptedCheckpointError, verify_checkpoint
 from lightning_int8.recipe import resolve_recipe
 
 
 class Int8CLI(LightningCLI):
-    """A LightningCLI that reports a wrong recipe in one line, before it makes the Trainer."""
+    """A LightningCLI that reports a wrong recipe or a corrupted checkpoint in one line, before it makes the Trainer."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Lightning reads hyperparameters from the checkpoint right after this."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        # "last", "best" and the like are no files.
+        if path and os.path.isfile(path):
+            try:
+                verify_checkpoint(path)
+            except CorruptedCheckpointError as error:
+                parser.error(f"ckpt_path: {error}")
 
     def before_instantiate_classes(self) -> None:
         """Lightning calls this between parsing and instantiation."""
