@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_int8 import FallbackInt8Precision
 from tests.assertions import assert_close
-from tests.tiny import TinyModule, assert_same
+from tests.tiny import RECIPE, TinyModule, assert_same, trainer
 from tests.two_processes import launch, logs
 
 KINDS = ["parallelized first", "converted first", "compiled"]
@@ -70,3 +71,13 @@ def test_trainer_follows_full_precision_and_saves_a_plain_checkpoint(ranks) -> N
     assert_same(ranks[0]["Trainer"]["weights"], ranks[1]["Trainer"]["weights"])
     loaded = TinyModule.load_from_checkpoint(ranks[0]["folder"] / "int8" / "tensor_parallel.ckpt", strict=True)
     assert_same(dict(loaded.named_parameters()), ranks[0]["Trainer"]["weights"])
+
+
+def test_its_checkpoint_is_resumed_on_one_device(ranks, tmp_path) -> None:
+    path = ranks[0]["folder"] / "int8" / "tensor_parallel.ckpt"
+    for plugin in (FallbackInt8Precision(RECIPE, precision="32-true"), None):
+        model = TinyModule(steps=6)
+        trainer(tmp_path, plugin=plugin, max_epochs=2).fit(model, ckpt_path=path)
+        assert len(model.losses) == 6
+        # The worker's last epoch ended near 1.6; a fresh model begins near 2.2.
+        assert model.losses[0] < 1.9
