@@ -48,8 +48,9 @@ __all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize
 BLOCK = 128
 TILE_M, TILE_N = BLOCK, 2 * BLOCK
 STAGES = 4
-# Tiles are visited in groups of this many rows of tiles, so that CTAs running at a time share operands in L2.
-GROUP = 8
+# Tiles are visited in groups of this many rows of tiles, so that CTAs running at a time share operands in L2: without
+# and with fallback blocks.
+GROUPS = (8, 16)
 # Registers per thread of the second consumer and the producer; the first consumer gets the rest, as many as the second.
 REGISTERS = (232, 32)
 
@@ -290,9 +291,6 @@ def _row_consumer(
         right = gl.zeros((64, BLOCK), gl.int32, mma)
         if a_slot_ptr is not None:
             a_flags = a_slots >= 0
-            # For the next tile, so that it can begin at once.
-            next_pm, _ = _tile(min(t + gl.num_programs(0), tiles - 1), tiles_m, tiles_n, GROUP)
-            a_slots = _slot_row(a_slot_ptr, next_pm, tiles_m, depth, DEPTH)
         if b_slot_ptr is not None:
             left_flags = _slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
             right_flags = _slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH) >= 0
@@ -310,11 +308,14 @@ def _row_consumer(
             right, it = _multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
         if a_slot_ptr is not None or b_slot_ptr is not None:
             left, right = left << 8, right << 8
-        # Ahead of their use, as far as there are registers: all warps wait for what is loaded after the last product.
         row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
+        if a_slot_ptr is not None:
+            # Of the next tile, so that it can begin at once.
+            next_pm, _ = _tile(min(t + gl.num_programs(0), tiles - 1), tiles_m, tiles_n, GROUP)
+            a_slots = _slot_row(a_slot_ptr, next_pm, tiles_m, depth, DEPTH)
         row_scale = _load_scales(a_scale_ptr, row, rows, left, 0)
-        left_scale = _load_scales(b_scale_ptr, col, cols, left, 1)
         left, right, it = _multiply(left, right, depth, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        left_scale = _load_scales(b_scale_ptr, col, cols, left, 1)
         right_scale = _load_scales(b_scale_ptr, col + BLOCK, cols, right, 1)
         out = left.to(gl.float32) * row_scale[:, None] * left_scale[None, :]
         _store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
@@ -340,7 +341,8 @@ def _rings(a_desc, c_desc, BLOCK: gl.constexpr, STAGES: gl.constexpr):
     return a_bufs, b_bufs, c_bufs, full, empty
 
 
-@gluon.jit
+# Token counts vary: their divisibility must not compile a kernel anew.
+@gluon.jit(do_not_specialize=["rows", "depth"])
 def _row_kernel(
     a_desc, a_high_desc, a_slot_ptr, a_scale_ptr, b_desc, b_high_desc, b_slot_ptr, b_scale_ptr, bias_ptr, sum_ptr,
     c_ptr, c_desc, rows, cols, depth, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -462,7 +464,8 @@ def _block_consumer(
         tma.store_wait(0)
 
 
-@gluon.jit
+# Token counts vary: their divisibility must not compile a kernel anew.
+@gluon.jit(do_not_specialize=["rows", "depth"])
 def _block_kernel(
     a_desc, a_high_desc, a_slot_ptr, a_scale_ptr, b_desc, b_high_desc, b_slot_ptr, b_scale_ptr, bias_ptr, sum_ptr,
     c_ptr, c_desc, rows, cols, depth, RESIDUAL_STEPS: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr,
@@ -514,7 +517,7 @@ def gemm_row(
         return out
     _row_kernel[_grid(out)](
         *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
-        DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=GROUP, REGISTERS=REGISTERS, num_warps=4,
+        DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b), REGISTERS=REGISTERS, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -542,7 +545,7 @@ def gemm_block(
         return out
     _block_kernel[_grid(out)](
         *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
-        RESIDUAL_STEPS=RESIDUAL_STEPS, DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=GROUP,
+        RESIDUAL_STEPS=RESIDUAL_STEPS, DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b),
         REGISTERS=REGISTERS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -555,6 +558,10 @@ def _operand(a: QuantizedMatrix) -> tuple[TensorDescriptor, TensorDescriptor | N
         return low, None, None, scale
     high = TensorDescriptor.from_tensor(a.high.view(-1, BLOCK), [BLOCK, BLOCK], _layout(torch.int8))
     return low, high, a.slot.contiguous(), scale
+
+
+def _group(a: QuantizedMatrix, b: QuantizedMatrix) -> int:
+    return GROUPS[a.slot is not None or b.slot is not None]
 
 
 def _lanes(depth: int) -> int:

@@ -84,8 +84,8 @@ def main() -> int:
                 )
                 used, code = resources(compiled, Path(folder)), sass(compiled, Path(folder))
                 fits = used["SHARED"] < SHARED_MEMORY[90]
-                # Where threads store the output themselves, addresses need more registers than there are: up to 16.
-                stack = 64 if dtype == torch.float32 or full else 0
+                # Where threads store the output themselves, addresses need more registers than there are: up to 32.
+                stack = 128 if dtype == torch.float32 or full else 0
                 # An accumulator touched in flight makes the assembler wait after every instruction.
                 serialized = code.count("WARPGROUP.DEPBAR") > code.count("IGMMA") // 2
                 fine = fits and used["STACK"] <= stack and used["LOCAL"] == 0 and "IGMMA" in code and not serialized
