@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Scaling = Literal["row", "block", "vector"]
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "hopper"]
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -62,8 +62,8 @@ class Int8Recipe:
         outlier_threshold: Only for ``"vector"``: activation columns whose AbsMax exceeds this stay in the input's
             dtype (6.0 in LLM.int8()). ``None``: none do.
         backend: Which kernels run: ``"auto"`` chooses by device; ``"reference"`` is plain PyTorch; ``"triton"`` needs a
-            CUDA device of capability 8.0 or higher. The environment variable ``LIGHTNING_INT8_BACKEND`` overrides
-            ``"auto"``.
+            CUDA device of capability 8.0 or higher, ``"hopper"`` one of 9.0 (H100, H200). The environment variable
+            ``LIGHTNING_INT8_BACKEND`` overrides ``"auto"``.
 
     Raises:
         TypeError: A field has the wrong type.
