@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics as stats
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -71,6 +71,8 @@ class Case:
         state[:, 1:3] = 0
         s, t, m = (torch.rand(n, device="cuda") + 0.5 for n in (rows, columns, rows))
         m *= 127
+        self.run: Callable[[], Sequence[torch.Tensor]]
+        out: Sequence[torch.Tensor]
         stochastic = op.endswith("stochastic")
         if op.startswith("gradient"):
             arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True

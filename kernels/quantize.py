@@ -20,12 +20,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Launch options by kernel and block edge. `PART`: how many columns of a block (`gradient_statistics`: how many rows) a
 # program takes at a time; `RUN`: see `integers._rows_of_block`; `STAGES`: of the software pipeline.
 _PLANES = {
-    32: {"num_warps": 1, "PART": 32, "RUN": 4},
+    32: {"num_warps": 2, "PART": 32, "RUN": 4},
     64: {"num_warps": 2, "PART": 64, "RUN": 4},
     128: {"num_warps": 4, "PART": 64, "RUN": 4},
 }
 OPTIONS: dict[str, dict[int, dict[str, int]]] = {
-    "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 8}},
+    "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
     "block_planes": dict(_PLANES),
     "gradient_statistics": {block: {"num_warps": 1, "PART": 512 // block, "STAGES": 3} for block in BLOCKS},
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
 }
 SELECT_WARPS = 4
 # Rows whose scales one select program makes.
-SELECT_ROWS = 32
+SELECT_ROWS = 64
 
 
 def quantize_row(
@@ -276,6 +276,9 @@ def _check(x: Tensor, block: int) -> tuple[Tensor, int, int, int, int]:
     rows, columns = x.shape
     if max(rows, columns) * block >= 2**31:
         raise ValueError(f"the quantize kernels take at most {2**31 // block} rows and columns, not {tuple(x.shape)}.")
+    if x.dtype is torch.float64:
+        # What the reference does first, too.
+        x = x.float()
     if sum(x.stride()) * block >= 2**31:
         # Offsets within a block are 32-bit.
         x = x.contiguous()
