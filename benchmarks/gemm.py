@@ -92,13 +92,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3])
     parser.add_argument("--scalings", nargs="+", default=["row", "block"])
-    parser.add_argument("--rep", type=int, default=30, help="milliseconds a median is taken over")
+    parser.add_argument("--rep", type=int, default=15, help="milliseconds a median is taken over")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()
     torch.manual_seed(0)
     backend = backends.choose(args.backend, torch.device("cuda"))
     ops = backends.load(backend)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, backend {backend}")
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "backend": backend, "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
+    }  # fmt: skip
     heads = [f"{s} {r:g}" for s in args.scalings for r in args.rates]
     print(f"{'TFLOP/s (times cuBLAS BF16)':35} {'BF16':>6} " + " ".join(f"{head:>12}" for head in heads))
     lines, wrong, worst = [], 0, dict.fromkeys(heads, float("inf"))
@@ -123,15 +127,12 @@ def main() -> int:
                     line[head] = flops / ms / 1e9
                     worst[head] = min(worst[head], bf16 / ms)
             lines.append(line)
+            if args.json:
+                # After each line, so that a run that is cut short leaves what it has measured.
+                args.json.write_text(json.dumps({"about": about, "unit": "TFLOP/s", "lines": lines}, indent=1) + "\n")
             cells = " ".join(f"{line[head]:5.0f} ({line[head] / line['bf16']:.2f})" for head in heads)
             print(f"{name:8} K={k:<6} N={n:<6} {'':9} {line['bf16']:6.0f} {cells}", flush=True)
     print(f"{'lowest ratio':42} " + " ".join(f"{'':5} ({worst[head]:.2f})" for head in heads))
-    if args.json:
-        about = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "backend": backend, "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
-        }  # fmt: skip
-        args.json.write_text(json.dumps({"about": about, "unit": "TFLOP/s", "lines": lines}, indent=1) + "\n")
     return wrong
 
 

@@ -1,14 +1,14 @@
 """The portable INT8 GEMMs, in plain Triton: every NVIDIA GPU from Ampere on.
 
-Both kernels walk one loop over *work items* per output tile. An item is a block of the contraction and, for each
-operand, where its tile comes from: the base plane, or a slot of the compact `high` planes. A data-dependent branch in
-the loop would stop Triton from pipelining its loads, so the items of fallback blocks are listed beforehand, on the
-device, by :func:`_list_kernel`: per row tile of `a`, per column tile of `b` and, where both have fallback blocks, per
-pair of them. The loops then have dynamic trip counts and no branch.
+Per output tile both kernels loop over the base planes, and over lists of *items*. An item is a block of the contraction
+and, for each operand, where its tile comes from: the base plane, or a slot of the compact `high` planes. A branch in a
+loop would stop Triton from pipelining its loads, so the fallback blocks are listed beforehand, on the device, by
+:func:`_list_kernel`: per row tile of `a`, per column tile of `b` and, where `row` scaling multiplies two high planes,
+per pair of them. The loops then have dynamic trip counts and no branch.
 
-`row`: the lists come by shift level in Horner form, `((high·high ≪ 8) + high·low + low·high) ≪ 8) + low·low`, in one
-INT32 accumulator. It may wrap on the way; the quantizer's scales guarantee that the sum fits. `block`: every item is an
-INT32 product of one block, scaled into an FP32 accumulator.
+`row`: the loops come by shift level in Horner form, `(((high·high ≪ 8) + high·low + low·high) ≪ 8) + low·low`, in one
+INT32 accumulator. It may wrap on the way; the quantizer's scales guarantee that the sum fits. `block`: every block's
+product is INT32 and is scaled into an FP32 accumulator.
 """
 
 from __future__ import annotations
@@ -393,8 +393,8 @@ def _arguments(
     return a_tiles * b_tiles, args, constants
 
 
-def _strides(a: QuantizedMatrix) -> tuple[int, int]:
-    return a.slot.stride() if has_fallback(a) else (0, 0)
+def _strides(a: QuantizedMatrix) -> tuple[int, ...]:
+    return a.slot.stride() if a.slot is not None and has_fallback(a) else (0, 0)
 
 
 def _lists(
