@@ -1,7 +1,8 @@
 """Measures tiles on the GPU at hand and writes its part of the tile table: ``python -m lightning_int8.kernels.tune``.
 
-For each form of product and a large, a middling and a small one, every tile that fits and does not spill is timed, and
-the fastest kept; the table then takes them from large to small. Takes a few minutes. Nothing else runs this.
+For each form of product and a large, a middling and a small one, every tile that fits is timed and the fastest kept; the
+table then takes them from large to small. Takes a few minutes. Nothing else runs this. Whether a tile spills on another
+architecture is what `tests/kernels/test_compile_gemm.py` finds: run it after a change of the table.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def fastest(form: str, architecture: int, shape: tuple[int, int, int]) -> tuple[
     launch = gemm.launch_row if scaling == "row" else gemm.launch_block
     times = {}
     for tile in every_tile(architecture, block):
-        # A kernel that spills is not worth timing, and Triton refuses one that does not fit.
+        # Triton refuses a kernel that does not fit.
         try:
             launch(a, b, None, torch.bfloat16, None, tile)
             times[tile] = do_bench(
