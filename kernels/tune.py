@@ -1,7 +1,7 @@
 """Measures tiles on the GPU at hand and writes its part of the tile table: ``python -m lightning_int8.kernels.tune``.
 
-For each form of product and a large, a middling and a small one, every tile that fits is timed and the fastest kept; the
-table then takes them from large to small. Takes a few minutes. Nothing else runs this. Whether a tile spills on another
+For each form of product and a large, a middling and a small one, every tile that fits is timed and the fastest kept;
+the table then takes them from large to small. Takes minutes. Nothing else runs this. Whether a tile spills on another
 architecture is what `tests/kernels/test_compile_gemm.py` finds: run it after a change of the table.
 """
 
