@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,10 +32,10 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def died(tmp_path: Path) -> Path:
     """One uninterrupted run, and one for each way to die, side by side."""
-    folder = tmp_path_factory.mktemp("faults")
+    folder = tmp_path
     run(folder, "whole", STEPS)
     processes = {}
     for name, death in DEATHS.items():
@@ -52,26 +51,24 @@ def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.strict
-@pytest.mark.parametrize(("name", "last"), [("killed", 8), ("cut", 4), ("lightning-cut", 4)])
-def test_a_dead_run_continues_as_if_nothing_had_happened(died: Path, name: str, last: int) -> None:
-    whole = sorted((died / name).glob("*.ckpt"))
-    assert [path.name for path in whole] == [f"step={step}.ckpt" for step in range(EVERY, last + 1, EVERY)]
-    for path in whole:
-        verify_checkpoint(path)
-    run(died, f"{name}-resumed", STEPS, resume=f"{name}/step={last}.ckpt")
+def test_a_dead_run_continues_as_if_nothing_had_happened(died: Path) -> None:
     expected = losses(died / "whole")
-    # Two batches make a step: the line of each carries the step it belongs to or follows.
-    assert losses(died / f"{name}-resumed") == expected[2 * last :]
-    killed = losses(died / name)
-    assert killed == expected[: len(killed)]
+    for name, last in (("killed", 8), ("cut", 4), ("lightning-cut", 4)):
+        whole = sorted((died / name).glob("*.ckpt"))
+        assert [path.name for path in whole] == [f"step={step}.ckpt" for step in range(EVERY, last + 1, EVERY)]
+        for path in whole:
+            verify_checkpoint(path)
+        run(died, f"{name}-resumed", STEPS, resume=f"{name}/step={last}.ckpt")
+        # Two batches make a step.
+        assert losses(died / f"{name}-resumed") == expected[2 * last :]
+        killed = losses(died / name)
+        assert killed == expected[: len(killed)]
 
-
-def test_what_a_cut_write_leaves_behind(died: Path) -> None:
+    # What a cut write leaves behind: beside the checkpoints, or with Lightning's own in the temporary folder for good.
     partial = died / "cut" / ".step=8.ckpt.partial"
     assert partial.stat().st_size == 100_000
     with pytest.raises(CorruptedCheckpointError, match="missing after 100,000 bytes"):
         verify_checkpoint(partial)
-    # Lightning's own leaves its partial file in the temporary folder, for good.
     left = [path for path in (died / "tmp-lightning-cut").iterdir() if path.is_file()]
     assert [path.stat().st_size for path in left] == [100_000]
 
@@ -101,10 +98,12 @@ def test_one_of_two_ranks_dies(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def checkpoint(died: Path, tmp_path: Path) -> Path:
-    copied = tmp_path / "killed"
-    shutil.copytree(died / "killed", copied)
-    return copied / "step=8.ckpt"
+def checkpoint(tmp_path: Path) -> Path:
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    for step in (4, 8):
+        state = {"state_dict": {"model.lm_head.weight": weight}, "global_step": step}
+        VerifiedCheckpointIO().save_checkpoint(state, tmp_path / f"killed/step={step}.ckpt")
+    return tmp_path / "killed/step=8.ckpt"
 
 
 def flip(path: Path, position: int) -> None:
