@@ -56,7 +56,9 @@ class _Int8Linear(torch.autograd.Function):
                 y = y + planes.remainder
         else:
             y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(weight, state, *saved)
+        ctx.save_for_backward(weight, *saved)
+        # Not a saved tensor, which may not change until the backward: a layer called twice counts in both backwards.
+        ctx.state = state
         ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
         ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -65,8 +67,8 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        weight, state, *saved = ctx.saved_tensors
-        recipe, backend = ctx.recipe, ctx.backend
+        weight, *saved = ctx.saved_tensors
+        recipe, backend, state = ctx.recipe, ctx.backend, ctx.state
         needs_dx, needs_dw, needs_db = ctx.needs
         scheme = scheme_of(recipe)
         int8_dgrad, int8_wgrad = needs_dx and recipe.dgrad, needs_dw and recipe.wgrad
@@ -98,6 +100,7 @@ def int8_linear(
     recipe: str | Int8Recipe | dict[str, Any] = "row",
     state: FallbackState | None = None,
     update_state: bool = True,
+    share_input: bool = False,
 ) -> Tensor:
     """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable.
 
@@ -114,6 +117,8 @@ def int8_linear(
             each tensor at hand fall back, at the middle of the recipe's band.
         update_state: Whether this call may seed thresholds and count blocks: true when training. Never under
             ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
+        share_input: Whether to leave ``x``'s planes on ``x`` for the next linear that reads it, and to take those that
+            an earlier one left: see :mod:`lightning_int8.sharing`.
 
     Returns:
         ``[..., N]`` in ``x``'s dtype (the autocast dtype under autocast).
@@ -150,7 +155,7 @@ def int8_linear(
     pieces = flat.split(MAX_WGRAD_TOKENS) if flat.shape[0] > MAX_WGRAD_TOKENS else (flat,)
     wgrad = needs[1] and recipe.wgrad
     # Siblings share the planes of a tensor that is quantized whole.
-    key = (recipe, update_state, x.dtype) if len(pieces) == 1 else None
+    key = (recipe, update_state, x.dtype) if share_input and len(pieces) == 1 else None
     outs = []
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         for piece in pieces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ class Int8Linear(nn.Linear):
     Attributes:
         int8_recipe: How the layer quantizes.
         int8_state: Its delayed thresholds and counters.
+        int8_shares_input: Whether siblings may read the same tensor: see :mod:`lightning_int8.sharing`.
     """
 
     int8_recipe: Int8Recipe
     int8_state: FallbackState
+    int8_shares_input: bool = False
 
     @classmethod
     def swap(cls, linear: nn.Linear, recipe: Int8Recipe) -> Int8Linear:
@@ -53,15 +56,14 @@ class Int8Linear(nn.Linear):
         return linear  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        linear = sharded_int8_linear if hasattr(self.weight, "device_mesh") else int8_linear
-        return linear(
-            input,
-            self.weight,
-            self.bias,
-            recipe=self.int8_recipe,
-            state=self.int8_state,
-            update_state=self.training,
-        )
+        options: dict[str, Any] = {
+            "recipe": self.int8_recipe,
+            "state": self.int8_state,
+            "update_state": self.training,
+        }
+        if hasattr(self.weight, "device_mesh"):
+            return sharded_int8_linear(input, self.weight, self.bias, **options)
+        return int8_linear(input, self.weight, self.bias, share_input=self.int8_shares_input, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Moves the thresholds with the parameters (``.to``, ``.cuda``, ``.to_empty``)."""

@@ -1,9 +1,10 @@
 """One activation is quantized once: linears that read the same tensor (q/k/v, gate/up) share its planes.
 
-A module that directly holds several INT8 linears opens a window around its forward. Within it, the first linear leaves
-the planes of its input behind, and the next ones take them when they are given that very tensor. The window closes with
-the forward, so nothing outlives it, and a traced program sees no more than local variables. The planes are also what
-each linear saves for its backward, so that memory is shared as well.
+Where a module directly holds several INT8 linears, the first of them leaves the planes of its input on the input tensor
+itself, and the next ones take them from there. So that nothing is ever left on a tensor of the user's, and so that a
+traced program (`torch.compile`, also under activation checkpointing) only changes tensors of its own, such a module gets
+aliases of its arguments; the planes go with the aliases when its forward ends. They are also what each linear saves for
+its backward, so that memory is shared as well.
 
 The first linear of a group decides by its own threshold which blocks fall back; the others' thresholds for X rest.
 """
@@ -11,62 +12,54 @@ The first linear of a group decides by its own threshold which blocks fall back;
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_int8.schemes import QuantizedInput
 
-
-class _Window:
-    """The open window's last quantized input; closed and empty outside of a sharing module's forward."""
-
-    def __init__(self) -> None:
-        self.open = False
-        self.source: Tensor | None = None
-        self.version = 0
-        self.key: tuple[Any, ...] = ()
-        self.planes: QuantizedInput | None = None
+_ATTRIBUTE = "_int8_planes"
 
 
-_WINDOW = _Window()
+class _Entry(NamedTuple):
+    key: tuple[Any, ...]
+    version: int
+    planes: QuantizedInput
 
 
 def share_inputs(groups: Iterable[nn.Module]) -> None:
-    """Opens a window around the forward of each of ``groups``, modules that directly hold several INT8 linears.
+    """Lets the INT8 linears that are direct children of each of ``groups`` share their inputs' planes.
 
-    Idempotent. The hooks hold no state and change neither parameters nor the ``state_dict``.
+    Idempotent. The hook holds no state and changes neither parameters nor the ``state_dict``.
     """
     for group in groups:
-        if _open_window not in group._forward_pre_hooks.values():
-            group.register_forward_pre_hook(_open_window)
-            group.register_forward_hook(_close_window)
+        if _alias_arguments not in group._forward_pre_hooks.values():
+            group.register_forward_pre_hook(_alias_arguments, with_kwargs=True)
+        for child in group.children():
+            if hasattr(child, "int8_shares_input"):
+                child.int8_shares_input = True
 
 
 def shared_planes(source: Tensor, key: tuple[Any, ...], wgrad: bool) -> QuantizedInput | None:
-    """What an earlier linear of this window left behind for ``source``, if it serves this one too.
+    """What an earlier linear left on ``source``, if it serves this one too.
 
     Args:
         source: The linear's input, as its caller passed it.
         key: Whatever else the planes depend on: recipe, whether thresholds may move, the dtype under autocast.
         wgrad: Whether the transposed planes are needed.
     """
-    window = _WINDOW
-    if not window.open or window.source is not source or window.planes is None:
+    entry: _Entry | None = getattr(source, _ATTRIBUTE, None)
+    if entry is None or entry.key != key or entry.version != _version(source) or (wgrad and not entry.planes.saved):
         return None
-    if window.key != key or (wgrad and not window.planes.saved) or window.version != _version(source):
-        return None
-    return window.planes
+    return entry.planes
 
 
 def leave_planes(source: Tensor, key: tuple[Any, ...], planes: QuantizedInput) -> None:
-    """Leaves the planes of ``source`` for the next linears of this window, if one is open."""
-    window = _WINDOW
+    """Leaves the planes of ``source`` for the next linears that read it."""
     # LLM.int8()'s remainder belongs to one weight.
-    if window.open and planes.remainder is None:
-        window.source, window.planes = source, planes
-        window.key, window.version = key, _version(source)
+    if planes.remainder is None:
+        setattr(source, _ATTRIBUTE, _Entry(key, _version(source), planes))
 
 
 def _version(source: Tensor) -> int:
@@ -76,9 +69,9 @@ def _version(source: Tensor) -> int:
     return source._version
 
 
-def _open_window(module: nn.Module, args: Any) -> None:
-    _WINDOW.open, _WINDOW.source, _WINDOW.planes = True, None, None
+def _alias_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return tuple(_alias(value) for value in args), {name: _alias(value) for name, value in kwargs.items()}
 
 
-def _close_window(module: nn.Module, args: Any, output: Any) -> None:
-    _WINDOW.open, _WINDOW.source, _WINDOW.planes = False, None, None
+def _alias(value: Any) -> Any:
+    return value.view_as(value) if type(value) is Tensor and value.is_floating_point() else value

@@ -223,6 +223,17 @@ def test_checkpointing_counts_once_and_changes_nothing(recipe, reentrant):
     assert torch.equal(wc.grad, plain["dW"])
 
 
+@pytest.mark.parametrize("recipe", ["row", "block"])
+def test_a_layer_called_twice_before_its_backward(recipe):
+    x, weight, dy = heavy_tailed(256, 128, 128)
+    state = FallbackState(PRESETS[recipe])
+    xc, wc = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = int8_linear(xc, wc, recipe=recipe, state=state) + int8_linear(2 * xc, wc, recipe=recipe, state=state)
+    y.backward(dy)
+    assert_close("dW", 3 * dy.double().t() @ x.double(), wc.grad, 15)
+    assert (state.tensor[1:, 2] == 2 * 2).all()  # both backwards counted their 2 × 1 blocks
+
+
 def test_a_state_is_seeded_once_and_left_alone_when_not_training():
     x, weight, _ = heavy_tailed(512, 256, 256)
     state = FallbackState(Int8Recipe())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lightning_int8 import convert_to_int8, fallback_states
@@ -51,7 +52,8 @@ def converted(share: bool = True) -> Attention:
     module = Attention()
     convert_to_int8(module, {"block_size": 16})
     if not share:
-        module._forward_pre_hooks.clear()
+        for child in module.children():
+            child.int8_shares_input = False
     return module
 
 
@@ -66,10 +68,9 @@ def test_siblings_quantize_their_input_once(calls):
 
 
 def test_nothing_is_kept_after_the_forward():
-    from lightning_int8.sharing import _WINDOW
-
-    run(converted(), torch.randn(32, 64))
-    assert (_WINDOW.open, _WINDOW.source, _WINDOW.planes) == (False, None, None)
+    x = torch.randn(32, 64, requires_grad=True)
+    converted()(x).sum().backward()
+    assert set(vars(x)) <= {"grad"}
 
 
 def test_an_input_changed_in_place_is_quantized_again(calls):
@@ -109,23 +110,31 @@ def test_checkpointing_shares_in_both_runs(calls, reentrant):
         assert torch.equal(a, b)
 
 
-def test_a_compiled_module_quantizes_once_and_saves_once():
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_compiled_module_quantizes_once_and_saves_once(checkpointed):
+    counter = CompileCounterWithBackend("aot_eager")
     x = torch.randn(32, 64)
     eager, module = converted(), converted()
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    target = (lambda t: checkpoint(module, t, use_reentrant=False)) if checkpointed else lambda t: module(t)
+    compiled = torch.compile(target, backend=counter, fullgraph=True)
     for _ in range(2):
-        for a, b in zip(run(eager, x), run(compiled, x), strict=True):
+        module.zero_grad(set_to_none=True)
+        xc = x.clone().requires_grad_()
+        y = compiled(xc)
+        y.square().sum().backward()
+        for a, b in zip(run(eager, x), [y, xc.grad, *[p.grad for p in module.parameters()]], strict=True):
             assert torch.equal(a, b)
-    assert len(graphs) == 1
-    quantized = [node for node in graphs[0].graph.nodes if "quantize_row" in str(node.target)]
-    assert len(quantized) == 2  # one for q, k and v, one for o; weights and gradients are inside the autograd functions
+    assert counter.frame_count == 1
+    # Weights are quantized inside the autograd functions, whose graphs are others.
+    quantizing = [
+        node
+        for graph in counter.graphs[0].modules()
+        if isinstance(graph, torch.fx.GraphModule)
+        for node in graph.graph.nodes
+        if "quantize_row" in str(node.target) and "gradient" not in str(node.target) and node.args[4] > 0
+    ]
+    assert len(quantizing) == 2  # one for q, k and v, one for o
     for name, state in fallback_states(eager).items():
         assert torch.equal(state.tensor.nan_to_num(-1), fallback_states(module)[name].tensor.nan_to_num(-1)), name
 
