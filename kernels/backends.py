@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -17,6 +18,8 @@ BACKENDS = ("reference", "triton", "hopper")
 _logger = logging.getLogger(__name__)
 
 
+# A traced program takes the answer as it is when it is traced, rather than tracing how it is found.
+@torch.compiler.assume_constant_result
 def choose(backend: str, device: torch.device) -> str:
     """The backend that runs on ``device``.
 

@@ -2,9 +2,9 @@
 
 Where a module directly holds several INT8 linears, the first of them leaves the planes of its input on the input tensor
 itself, and the next ones take them from there. So that nothing is ever left on a tensor of the user's, and so that a
-traced program (`torch.compile`, also under activation checkpointing) only changes tensors of its own, such a module gets
-aliases of its arguments; the planes go with the aliases when its forward ends. They are also what each linear saves for
-its backward, so that memory is shared as well.
+traced program (`torch.compile`, also under activation checkpointing) only changes tensors of its own, such a module
+gets aliases of its arguments; the planes go with the aliases when its forward ends. They are also what each linear
+saves for its backward, so that memory is shared as well.
 
 The first linear of a group decides by its own threshold which blocks fall back; the others' thresholds for X rest.
 """
