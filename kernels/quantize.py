@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
 }
 SELECT_WARPS = 4
 # Rows whose scales one select program makes.
-SELECT_ROWS = 64
+SELECT_ROWS = 32
 
 
 def quantize_row(
