@@ -27,6 +27,7 @@ def convert_to_int8(
     module: nn.Module,
     recipe: str | Int8Recipe | Mapping[str, Any] = "row",
     ignore_modules: Sequence[str] | None = None,
+    device: torch.device | None = None,
 ) -> ConversionReport:
     """Makes the ``nn.Linear`` layers of ``module`` compute in INT8, in place.
 
@@ -39,6 +40,7 @@ def convert_to_int8(
         ignore_modules: Patterns of layers to leave in full precision. A pattern is a glob over whole dotted segments of
             a layer's or a parent's name, and may start anywhere in it: ``"lm_head"``, ``"layers.0"`` (not
             ``layers.01``), ``"layers.*.mlp"``, ``"*.router"``.
+        device: Where the model will run, for the kernels that the report names; where its weights are when ``None``.
 
     Returns:
         What was converted, what was not, and why.
@@ -62,7 +64,7 @@ def convert_to_int8(
     rows: list[LayerReport] = []
     to_convert: list[nn.Linear] = []
     for child, aliases in names.items():
-        row = _report(child, aliases, recipe, patterns, tied)
+        row = _report(child, aliases, recipe, patterns, tied, device)
         if row is None:
             continue
         rows.append(row)
@@ -130,6 +132,7 @@ def _report(
     recipe: Int8Recipe,
     patterns: Sequence[str],
     tied: Mapping[int, list[str]],
+    device: torch.device | None,
 ) -> LayerReport | None:
     """The entry of ``module``, or ``None`` if it is nothing like a linear layer."""
     if not isinstance(module, nn.Linear) and not _looks_linear(module):
@@ -167,7 +170,7 @@ def _report(
         shared=shared,
         status=status,
         reason=reason,
-        backend=_backend(recipe, module) if runs else "",
+        backend=_backend(recipe, device or module.weight.device) if runs else "",  # type: ignore[arg-type]
     )
 
 
@@ -201,12 +204,11 @@ def _describe(recipe: Int8Recipe) -> str:
     return f"{recipe.describe()!r}{backend}"
 
 
-def _backend(recipe: Int8Recipe, module: nn.Module) -> str:
-    """The kernels for ``module`` where it is now; a model still on the CPU may be on its way to a GPU."""
-    device = module.weight.device  # type: ignore[union-attr]
+def _backend(recipe: Int8Recipe, device: torch.device) -> str:
+    """The kernels that run on ``device``; a recipe that forces others meets its error in the first forward there."""
     if recipe.backend != "auto":
         return recipe.backend
-    return "auto" if device.type == "meta" else backends.choose("auto", device)  # type: ignore[arg-type]
+    return "auto" if device.type == "meta" else backends.choose("auto", device)
 
 
 def _nothing_converted(module: nn.Module, rows: Sequence[LayerReport]) -> str:

@@ -73,7 +73,10 @@ class Int8PluginCore:
     # conversion
 
     def _convert(self, module: nn.Module) -> None:
-        report = convert_to_int8(module, self.recipe, self.ignore_modules)
+        # Lightning converts before it moves the model.
+        trainer = getattr(module, "_trainer", None)
+        device = None if trainer is None else trainer.strategy.root_device
+        report = convert_to_int8(module, self.recipe, self.ignore_modules, device)
         self.report = report
         self._stepped_states = None
         if all(module is not known for known in self._modules):
