@@ -260,5 +260,5 @@ def test_summary_and_table_collapse_repeated_layers():
 
 def test_the_report_names_the_kernels_of_the_device_the_model_will_run_on():
     report = convert_to_int8(nn.Sequential(nn.Linear(4, 4)), device=torch.device("meta"))
-    assert [row.backend for row in report.converted] == ["auto"]
-    assert [row.backend for row in convert_to_int8(nn.Sequential(nn.Linear(4, 4))).converted] == ["reference"]
+    assert [row.backend for row in report.rows] == ["auto"]
+    assert [row.backend for row in convert_to_int8(nn.Sequential(nn.Linear(4, 4))).rows] == ["reference"]
