@@ -1,0 +1,249 @@
+"""What both Hopper GEMMs are built from: the order of tiles, the producer and its ring of stages, products and stores.
+
+See :mod:`lightning_int8.kernels.hopper` for how the roles work together.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def tile_at(t, tiles_m, tiles_n, GROUP: gl.constexpr):
+    width = GROUP * tiles_n
+    first = t // width * GROUP
+    rows = min(tiles_m - first, GROUP)
+    return first + t % width % rows, t % width // rows
+
+
+@gluon.jit
+def slot_row(slot_ptr, row, rows, depth, DEPTH: gl.constexpr):
+    """One row of ``slot`` (-1 past the last), the same in every warp: reducing it needs no shared memory."""
+    k = gl.arange(0, DEPTH, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.load(slot_ptr + row * depth + k, mask=(k < depth) & (row < rows), other=-1)
+
+
+@gluon.jit
+def count_listed(flags):
+    return gl.sum(flags.to(gl.int32), axis=0)
+
+
+@gluon.jit
+def next_listed(flags, after, DEPTH: gl.constexpr):
+    """The first flagged block past ``after``, or ``DEPTH``."""
+    k = gl.arange(0, DEPTH, flags.type.layout)
+    return gl.min(gl.where(flags & (k > after), k, DEPTH), axis=0)
+
+
+@gluon.jit
+def slot_at(slots, k, DEPTH: gl.constexpr):
+    if slots is None:
+        return k
+    else:
+        return gl.load(slots + k, mask=k < DEPTH, other=0)
+
+
+@gluon.jit
+def acquire(it, full, empty, size: gl.constexpr, STAGES: gl.constexpr):
+    """Waits until the ring's next stage is free and announces ``size`` bytes for it."""
+    stage = it % STAGES
+    mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), size)
+    return stage
+
+
+@gluon.jit
+def load_listed(
+    flags, it, a_desc, a_slots, a_row, b_desc, b_slots, b_row, a_bufs, b_bufs, full, empty, SIDES: gl.constexpr,
+    DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One stage for each flagged block of the contraction.
+
+    An operand with ``slots`` (a row of ``slot``) comes from its high planes, ``b`` then for one side of the tile.
+    """
+    k = next_listed(flags, -1, DEPTH)
+    a_slot, b_slot = slot_at(a_slots, k, DEPTH), slot_at(b_slots, k, DEPTH)
+    while k < DEPTH:
+        a_at, b_at = [a_row * BLOCK, k * BLOCK], [b_row * BLOCK, k * BLOCK]
+        if a_slots is not None:
+            a_at = [a_slot * BLOCK, 0]
+        if b_slots is not None:
+            b_at = [b_slot * BLOCK, 0]
+        # What the next block needs is looked up before this one waits for its stage.
+        k = next_listed(flags, k, DEPTH)
+        a_slot, b_slot = slot_at(a_slots, k, DEPTH), slot_at(b_slots, k, DEPTH)
+        stage = acquire(it, full, empty, (1 + SIDES) * BLOCK * BLOCK, STAGES)
+        bar = full.index(stage)
+        tma.async_copy_global_to_shared(a_desc, a_at, bar, a_bufs.index(stage))
+        tma.async_copy_global_to_shared(b_desc, b_at, bar, b_bufs.index(2 * stage))
+        if SIDES == 2:
+            tma.async_copy_global_to_shared(b_desc, [b_at[0] + BLOCK, b_at[1]], bar, b_bufs.index(2 * stage + 1))
+        it += 1
+    return it
+
+
+@gluon.jit
+def producer(
+    a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m, tiles_n,
+    blocks_n, depth, HIGH_HIGH: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """For each tile ``high·high`` side by side, ``high·low``, ``low·high`` side by side, ``low·low``."""
+    it = 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        pm, pn = tile_at(t, tiles_m, tiles_n, GROUP)
+        a_slots = None
+        if a_slot_ptr is not None:
+            a_slots = a_slot_ptr + pm * depth
+            a_flags = slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+        if HIGH_HIGH:
+            for side in range(2):
+                row = 2 * pn + side
+                flags = a_flags & (slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0)
+                it = load_listed(
+                    flags, it, a_high_desc, a_slots, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs,
+                    full, empty, 1, DEPTH, BLOCK, STAGES,
+                )  # fmt: skip
+        if a_slot_ptr is not None:
+            it = load_listed(
+                a_flags, it, a_high_desc, a_slots, pm, b_desc, None, 2 * pn, a_bufs, b_bufs, full, empty, 2, DEPTH,
+                BLOCK, STAGES,
+            )  # fmt: skip
+        if b_slot_ptr is not None:
+            for side in range(2):
+                row = 2 * pn + side
+                flags = slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0
+                it = load_listed(
+                    flags, it, a_desc, None, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs, full,
+                    empty, 1, DEPTH, BLOCK, STAGES,
+                )  # fmt: skip
+        for k in range(depth):
+            stage = acquire(it, full, empty, 3 * BLOCK * BLOCK, STAGES)
+            bar = full.index(stage)
+            tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))
+            for half in gl.static_range(2):
+                at = [(2 * pn + half) * BLOCK, k * BLOCK]
+                tma.async_copy_global_to_shared(b_desc, at, bar, b_bufs.index(2 * stage + half))
+            it += 1
+
+
+@gluon.jit
+def multiply(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """``acc += a @ bᵀ`` over the ring's next ``n`` stages, one in flight behind the one that is waited for."""
+    for k in range(n):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+        a = a_bufs.index(stage).slice(64 * WG, 64)
+        left = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), left, is_async=True)
+        right = warpgroup_mma(a, b_bufs.index(2 * stage + 1).permute((1, 0)), right, is_async=True)
+        left, right = warpgroup_mma_wait(2, deps=(left, right))
+        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=k > 0)
+        it += 1
+    left, right = warpgroup_mma_wait(0, deps=(left, right))
+    mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
+    return left, right, it
+
+
+@gluon.jit
+def multiply_half(acc, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
+    """The same for one half of the tile's width."""
+    for k in range(n):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), (it // STAGES) & 1)
+        a = a_bufs.index(stage).slice(64 * WG, 64)
+        acc = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=k > 0)
+        it += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
+    return acc, it
+
+
+@gluon.jit
+def halves(x):
+    """``x`` cut into its left and right half, in registers."""
+    return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def finish(out, row, col, bias_ptr, sum_ptr, rows, cols):
+    """Adds bias and an existing sum; returns also where the values go and which of them are inside the matrix."""
+    r = row + gl.arange(0, out.shape[0], gl.SliceLayout(1, out.type.layout))
+    c = col + gl.arange(0, out.shape[1], gl.SliceLayout(0, out.type.layout))
+    at = r.to(gl.int64)[:, None] * cols + c[None, :]
+    inside = (r < rows)[:, None] & (c < cols)[None, :]
+    if bias_ptr is not None:
+        out += gl.load(bias_ptr + c, mask=c < cols, other=0).to(gl.float32)[None, :]
+    if sum_ptr is not None:
+        out += gl.load(sum_ptr + at, mask=inside, other=0).to(gl.float32)
+    return out, at, inside
+
+
+@gluon.jit
+def store_direct(out, row, col, c_ptr, bias_ptr, sum_ptr, rows, cols, CUTS: gl.constexpr):
+    """Writes ``out`` at ``(row, col)`` piece by piece, so that addresses and loaded sums need few registers."""
+    if CUTS > 0:
+        left, right = halves(out)
+        store_direct(left, row, col, c_ptr, bias_ptr, sum_ptr, rows, cols, CUTS - 1)
+        middle = col + out.shape[1] // 2
+        store_direct(right, row, middle, c_ptr, bias_ptr, sum_ptr, rows, cols, CUTS - 1)
+    else:
+        out, at, inside = finish(out, row, col, bias_ptr, sum_ptr, rows, cols)
+        gl.store(c_ptr + at, out.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def store_tma(out, row, col, c_desc, c_buf):
+    # The buffer is free again once TMA has read what was stored from it the time before last.
+    tma.store_wait(1)
+    c_buf.store(out.to(c_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(c_desc, [row, col], c_buf)
+
+
+@gluon.jit
+def store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG: gl.constexpr):
+    """Adds bias and an existing sum to 64×128 FP32 values and writes them at ``(row, col)``."""
+    if c_desc is not None:
+        out, _, _ = finish(out, row, col, bias_ptr, sum_ptr, rows, cols)
+        left, right = halves(out)
+        store_tma(left, row, col, c_desc, c_bufs.index(2 * WG))
+        store_tma(right, row, col + out.shape[1] // 2, c_desc, c_bufs.index(2 * WG + 1))
+    else:
+        store_direct(out, row, col, c_ptr, bias_ptr, sum_ptr, rows, cols, 2)
+
+
+@gluon.jit
+def load_scales(scale_ptr, start, size, like, DIM: gl.constexpr):
+    """``like.shape[DIM]`` scales from ``start`` on, in that dimension's layout; ones if there are none."""
+    layout: gl.constexpr = gl.SliceLayout(1 - DIM, like.type.layout)
+    if scale_ptr is None:
+        return gl.full((like.shape[DIM],), 1.0, gl.float32, layout)
+    else:
+        at = start + gl.arange(0, like.shape[DIM], layout)
+        return gl.load(scale_ptr + at, mask=at < size, other=0)
+
+
+@gluon.jit
+def rings(a_desc, c_desc, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    a_bufs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, BLOCK], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK, BLOCK], a_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    c_bufs = a_bufs
+    if c_desc is not None:
+        c_bufs = gl.allocate_shared_memory(c_desc.dtype, [4, 64, BLOCK // 2], c_desc.layout)
+    return a_bufs, b_bufs, c_bufs, full, empty

@@ -1,0 +1,104 @@
+"""The `row` GEMM on Hopper: INT32 over the whole contraction, shift level after shift level, scales at the end."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    tma,
+)
+
+from lightning_int8.kernels.hopper_pipeline import (
+    count_listed,
+    load_scales,
+    multiply,
+    multiply_half,
+    producer,
+    rings,
+    slot_row,
+    store_half,
+    tile_at,
+)
+
+
+@gluon.jit
+def _row_consumer(
+    a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs, b_bufs, full,
+    empty, tiles_m, tiles_n, rows, cols, depth, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, WG: gl.constexpr,
+):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    blocks_n = (cols + BLOCK - 1) // BLOCK
+    tiles = tiles_m * tiles_n
+    if a_slot_ptr is not None:
+        first, _ = tile_at(gl.program_id(0), tiles_m, tiles_n, GROUP)
+        a_slots = slot_row(a_slot_ptr, first, tiles_m, depth, DEPTH)
+    it = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        pm, pn = tile_at(t, tiles_m, tiles_n, GROUP)
+        left = gl.zeros((64, BLOCK), gl.int32, mma)
+        right = gl.zeros((64, BLOCK), gl.int32, mma)
+        if a_slot_ptr is not None:
+            a_flags = a_slots >= 0
+        if b_slot_ptr is not None:
+            left_flags = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
+            right_flags = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH) >= 0
+            left_n, right_n = count_listed(left_flags), count_listed(right_flags)
+        if a_slot_ptr is not None and b_slot_ptr is not None:
+            n, m = count_listed(a_flags & left_flags), count_listed(a_flags & right_flags)
+            left, it = multiply_half(left, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            right, it = multiply_half(right, m, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            left, right = left << 8, right << 8
+        if a_slot_ptr is not None:
+            n = count_listed(a_flags)
+            left, right, it = multiply(left, right, n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        if b_slot_ptr is not None:
+            left, it = multiply_half(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+            right, it = multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        if a_slot_ptr is not None or b_slot_ptr is not None:
+            left, right = left << 8, right << 8
+        row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
+        if a_slot_ptr is not None:
+            # Of the next tile, so that it can begin at once.
+            next_pm, _ = tile_at(min(t + gl.num_programs(0), tiles - 1), tiles_m, tiles_n, GROUP)
+            a_slots = slot_row(a_slot_ptr, next_pm, tiles_m, depth, DEPTH)
+        row_scale = load_scales(a_scale_ptr, row, rows, left, 0)
+        left, right, it = multiply(left, right, depth, it, a_bufs, b_bufs, full, empty, WG, STAGES)
+        left_scale = load_scales(b_scale_ptr, col, cols, left, 1)
+        right_scale = load_scales(b_scale_ptr, col + BLOCK, cols, right, 1)
+        out = left.to(gl.float32) * row_scale[:, None] * left_scale[None, :]
+        store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
+        out = right.to(gl.float32) * row_scale[:, None] * right_scale[None, :]
+        store_half(out, row, col + BLOCK, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
+    if c_desc is not None:
+        tma.store_wait(0)
+
+
+# Token counts vary: their divisibility must not compile a kernel anew.
+@gluon.jit(do_not_specialize=["rows", "depth"])
+def row_kernel(
+    a_desc, a_high_desc, a_slot_ptr, a_scale_ptr, b_desc, b_high_desc, b_slot_ptr, b_scale_ptr, bias_ptr, sum_ptr,
+    c_ptr, c_desc, rows, cols, depth, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    a_bufs, b_bufs, c_bufs, full, empty = rings(a_desc, c_desc, BLOCK, STAGES)
+    tiles_m, tiles_n = (rows + BLOCK - 1) // BLOCK, (cols + 2 * BLOCK - 1) // (2 * BLOCK)
+    HIGH_HIGH: gl.constexpr = a_slot_ptr is not None and b_slot_ptr is not None
+    gl.warp_specialize(
+        [
+            (_row_consumer, (
+                a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs,
+                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, 0,
+            )),
+            (_row_consumer, (
+                a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs,
+                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, 1,
+            )),
+            (producer, (
+                a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m,
+                tiles_n, (cols + BLOCK - 1) // BLOCK, depth, HIGH_HIGH, DEPTH, BLOCK, STAGES, GROUP,
+            )),
+        ],
+        [4, 1],
+        REGISTERS,
+    )  # fmt: skip
