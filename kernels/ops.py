@@ -6,8 +6,6 @@ runs it, a fake implementation for tracing, and, for GEMMs, a FLOP formula. Oper
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -25,10 +23,6 @@ def _may_count() -> bool:
     return torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled()
 
 
-def _module(backend: str) -> ModuleType:
-    return backends.load(backend)
-
-
 @torch.library.custom_op("lightning_int8::quantize_row", mutates_args=("state",))
 def quantize_row(
     x: Tensor,
@@ -43,7 +37,7 @@ def quantize_row(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing."""
     update = update and _may_count()
-    return _module(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
+    return backends.load(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
 
 
 @quantize_row.register_fake
@@ -74,7 +68,7 @@ def quantize_row_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`."""
-    return _module(backend).quantize_row_gradient(
+    return backends.load(backend).quantize_row_gradient(
         dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias
     )
 
@@ -113,7 +107,9 @@ def quantize_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""
     update = update and (operand != 0 or _may_count())
-    return _module(backend).quantize_block(x, state, operand, seed_rate, capacity, block, update, transpose, stochastic)
+    return backends.load(backend).quantize_block(
+        x, state, operand, seed_rate, capacity, block, update, transpose, stochastic
+    )
 
 
 @quantize_block.register_fake
@@ -141,48 +137,31 @@ def _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, de
     )
 
 
-@torch.library.custom_op("lightning_int8::gemm_row", mutates_args=())
-def _gemm_row(
-    a_low: Tensor,
-    a_high: Tensor | None,
-    a_slot: Tensor | None,
-    a_scale: Tensor | None,
-    b_low: Tensor,
-    b_high: Tensor | None,
-    b_slot: Tensor | None,
-    b_scale: Tensor | None,
-    bias: Tensor | None,
-    depth: int,
-    block: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-    return _module(backend).gemm_row(a, b, bias, out_dtype)
+def _gemm_op(name: str) -> torch.library.CustomOpDef:
+    @torch.library.custom_op(f"lightning_int8::{name}", mutates_args=())
+    def op(
+        a_low: Tensor,
+        a_high: Tensor | None,
+        a_slot: Tensor | None,
+        a_scale: Tensor | None,
+        b_low: Tensor,
+        b_high: Tensor | None,
+        b_slot: Tensor | None,
+        b_scale: Tensor | None,
+        bias: Tensor | None,
+        depth: int,
+        block: int,
+        out_dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
+        return getattr(backends.load(backend), name)(a, b, bias, out_dtype)
+
+    op.register_fake(_gemm_fake)
+    return op
 
 
-@torch.library.custom_op("lightning_int8::gemm_block", mutates_args=())
-def _gemm_block(
-    a_low: Tensor,
-    a_high: Tensor | None,
-    a_slot: Tensor | None,
-    a_scale: Tensor | None,
-    b_low: Tensor,
-    b_high: Tensor | None,
-    b_slot: Tensor | None,
-    b_scale: Tensor | None,
-    bias: Tensor | None,
-    depth: int,
-    block: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-    return _module(backend).gemm_block(a, b, bias, out_dtype)
-
-
-_gemm_row.register_fake(_gemm_fake)
-_gemm_block.register_fake(_gemm_fake)
+_gemm_row, _gemm_block = _gemm_op("gemm_row"), _gemm_op("gemm_block")
 
 
 @register_flop_formula([torch.ops.lightning_int8.gemm_row, torch.ops.lightning_int8.gemm_block])

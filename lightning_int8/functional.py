@@ -55,7 +55,7 @@ class _Int8Linear(torch.autograd.Function):
             if planes.remainder is not None:
                 y = y + planes.remainder
         else:
-            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y = _high_precision_linear(x, weight, bias)
         ctx.save_for_backward(weight, *saved)
         # Not a saved tensor, which may not change until the backward: a layer called twice counts in both backwards.
         ctx.state = state
@@ -160,7 +160,7 @@ def int8_linear(
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         for piece in pieces:
             if flat.shape[0] == 0:
-                outs.append(F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+                outs.append(_high_precision_linear(flat, weight, bias))
                 continue
             planes = None
             if recipe.forward or wgrad:
@@ -176,6 +176,10 @@ def int8_linear(
             )
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _high_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_int8.linear import Int8Linear
-from lightning_int8.threshold import RATE, THRESHOLD, FallbackState, fallback_states
+from lightning_int8.threshold import RATE, THRESHOLD, FallbackState, fallback_states, rows_in_use
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ class FallbackRate(Metric):
         """Adds one step.
 
         Args:
-            table: ``FallbackState.tensor`` of all layers, float32 ``[rows, 4]``. A rate of NaN (no blocks seen yet) is
+            table: ``FallbackState.tensor`` of all layers, float32 ``[rows, 5]``. A rate of NaN (no blocks seen yet) is
                 left out of the mean.
         """
         rate = table[:, RATE]
@@ -137,8 +137,7 @@ class FallbackRateMonitor(pl.Callback):
         self._seen_step = trainer.global_step
         assert self._metric is not None
         assert self._rows is not None
-        parts = [state.on(self._rows.device) for state in self._states]
-        table = torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
+        table = rows_in_use(state.on(self._rows.device) for state in self._states)
         self._metric.update(table[self._rows])
         if self._seen_step % self.every_n_steps == 0:
             self._record(trainer)

@@ -32,7 +32,7 @@ class QuantizedWeight(NamedTuple):
 
 
 class QuantizedGradient(NamedTuple):
-    """dY for the dgrad, dYᵀ for the wgrad with the Xᵀ it meets there, and the bias gradient."""
+    """dY for the dgrad, dYᵀ for the wgrad with the Xᵀ it meets there, and the bias gradient if it came with them."""
 
     dgrad: QuantizedMatrix | None
     wgrad: QuantizedMatrix | None
@@ -93,6 +93,13 @@ class _BlockFallback:
             return QuantizedMatrix(low, None, None, scale, size, self.block)
         return QuantizedMatrix(low, high, slot, scale, size, self.block)
 
+    def _transposed(
+        self, low_t: Tensor, high_t: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int]
+    ) -> QuantizedMatrix:
+        """The operand whose untransposed matrix has ``slot``, ``scale`` and ``size``."""
+        scale_t = None if scale is None else scale.t().contiguous()
+        return self._matrix(low_t, high_t, slot.t().contiguous(), scale_t, size[::-1], high_t.shape[0])
+
 
 class RowScheme(_BlockFallback):
     """One scale a row; the backward folds X's and W's scales into dY, so X and W are quantized once."""
@@ -135,10 +142,9 @@ class RowScheme(_BlockFallback):
         dgrad = wgrad = input_transposed = None
         if weight is not None:
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
-        if high_t is not None and slot is not None:
+        if low_t is not None and high_t is not None and slot is not None:
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
-            input_capacity = high_t.shape[0]
-            input_transposed = self._matrix(low_t, high_t, slot.t().contiguous(), None, size[::-1], input_capacity)
+            input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
 
     def gemm(self, a, b, bias, out_dtype, backend):
@@ -147,9 +153,6 @@ class RowScheme(_BlockFallback):
 
 class BlockScheme(_BlockFallback):
     """One scale a square block, which transposes with it: dY is quantized once for both backward GEMMs."""
-
-    def _transposed(self, low_t, high_t, slot, scale, size):
-        return self._matrix(low_t, high_t, slot.t().contiguous(), scale.t().contiguous(), size[::-1], high_t.shape[0])
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
@@ -187,7 +190,7 @@ class BlockScheme(_BlockFallback):
             wgrad = self._transposed(low_t, high_t, slot, scale, tuple(dy.shape))
             input_transposed = self._transposed(*saved, size)
         dgrad = self._matrix(low, high, slot, scale, tuple(dy.shape), capacity)
-        return QuantizedGradient(dgrad, wgrad, input_transposed, dy.sum(0, dtype=torch.float32) if bias else None)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, None)
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_block(a, b, bias, out_dtype, backend)
@@ -219,7 +222,7 @@ class VectorScheme:
         wgrad = input_transposed = None
         if saved is not None:
             wgrad, input_transposed = self._quantize(dy.t(), backend), self._quantize(saved[0].t(), backend)
-        return QuantizedGradient(dgrad, wgrad, input_transposed, dy.sum(0, dtype=torch.float32) if bias else None)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, None)
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)

@@ -50,7 +50,7 @@ class FallbackState:
     @property
     def tensor(self) -> Tensor | None:
         """A copy of the rows in use, float32 ``[len(operands), 5]``, or ``None`` until a device is known."""
-        return None if self.parts is None else torch.cat([self.parts[0][:1], self.parts[1][1:]])
+        return None if self.parts is None else rows_in_use([self.parts])
 
     @property
     def device(self) -> torch.device | None:
@@ -68,8 +68,7 @@ class FallbackState:
             fresh[:, [THRESHOLD, RATE]] = float("nan")
             self._set(fresh, device)
         elif self.device != device:
-            # `parts` was not None a line above; the copy is what `tensor` gives then.
-            self._set(torch.cat([self.parts[0][:1], self.parts[1][1:]]), device)
+            self._set(rows_in_use([self.parts]), device)
         return self.parts  # type: ignore[return-value]
 
     def _set(self, tensor: Tensor, device: torch.device) -> None:
@@ -123,6 +122,11 @@ class FallbackState:
                 "or drop the saved thresholds to seed new ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
+
+
+def rows_in_use(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The operands' rows of several ``FallbackState.parts``, layer after layer: float32 ``[operands, 5]``, a copy."""
+    return torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
 
 
 def fallback_states(module: nn.Module) -> dict[str, FallbackState]:
@@ -179,7 +183,7 @@ def _update_on_device(
     states: list[FallbackState], device: torch.device, distributed: bool, process_group: dist.ProcessGroup | None
 ) -> None:
     parts = [state.on(device) for state in states]
-    table = torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
+    table = rows_in_use(parts)
     rows = [(state, operand) for state in states for operand in state.operands]
     limits = torch.tensor(
         [(*state.band(operand), state.recipe.threshold_factor) for state, operand in rows], dtype=torch.float32
