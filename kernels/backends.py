@@ -20,17 +20,29 @@ _logger = logging.getLogger(__name__)
 
 # A traced program takes the answer as it is when it is traced, rather than tracing how it is found.
 @torch.compiler.assume_constant_result
-def choose(backend: str, device: torch.device) -> str:
+def choose(backend: str, device: torch.device, block: int | None = None) -> str:
     """The backend that runs on ``device``.
 
     Args:
         backend: ``"auto"``, or the name of one to force.
         device: Where the tensors are.
+        block: Edge of the blocks that it must have kernels for.
 
     Raises:
-        ValueError: The backend, or what the environment variable names, is unknown.
+        ValueError: The backend, or what the environment variable names, is unknown, or it does not have ``block``.
         RuntimeError: A forced backend cannot run on ``device``; says why.
     """
+    chosen = _choose(backend, device)
+    # The kernels of 'hopper' are for 128; other sizes run on those of 'triton'.
+    if block is not None and chosen != "reference" and block not in (sizes := load("triton").BLOCKS):
+        raise ValueError(
+            f"block_size={block} has no kernel on {device}: backend {chosen!r} has blocks of "
+            f"{', '.join(map(str, sizes))}. Use 128, the fastest, or 32; backend='reference' takes any size, slowly."
+        )
+    return chosen
+
+
+def _choose(backend: str, device: torch.device) -> str:
     source = "backend"
     if backend == "auto" and (forced := os.environ.get(ENVIRONMENT_VARIABLE, "")):
         backend, source = forced, ENVIRONMENT_VARIABLE

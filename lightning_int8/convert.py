@@ -47,8 +47,9 @@ def convert_to_int8(
 
     Raises:
         TypeError: ``module`` is not a module, or ``ignore_modules`` not a list of strings.
-        ValueError: A pattern matches nothing; nothing was left to convert; or a layer was converted earlier with
-            another recipe or is now to be ignored.
+        ValueError: A pattern matches nothing; nothing was left to convert; a layer was converted earlier with another
+            recipe or is now to be ignored; or the device is a GPU whose kernels do not have the recipe's block size.
+        RuntimeError: The device is a GPU on which the backend that the recipe forces cannot run.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -205,7 +206,9 @@ def _describe(recipe: Int8Recipe) -> str:
 
 
 def _backend(recipe: Int8Recipe, device: torch.device) -> str:
-    """The kernels that run on ``device``; a recipe that forces others meets its error in the first forward there."""
+    """The kernels that run on ``device``; without a GPU, a recipe that forces others fails in the first forward."""
+    if device.type == "cuda":
+        return backends.choose(recipe.backend, device, recipe.block_size)
     if recipe.backend != "auto":
         return recipe.backend
     return "auto" if device.type == "meta" else backends.choose("auto", device)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_int8.functional import int8_linear
+from lightning_int8.kernels import backends
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.tensor_parallel import sharded_int8_linear
 from lightning_int8.threshold import FallbackState
@@ -66,8 +67,16 @@ class Int8Linear(nn.Linear):
         return int8_linear(input, self.weight, self.bias, share_input=self.int8_shares_input, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Moves the thresholds with the parameters (``.to``, ``.cuda``, ``.to_empty``)."""
+        """Moves the thresholds with the parameters (``.to``, ``.cuda``, ``.to_empty``).
+
+        Raises:
+            ValueError: On the GPU it moved to there is no kernel for the recipe's block size.
+            RuntimeError: The backend that the recipe forces cannot run there.
+        """
         super()._apply(fn, recurse)
+        if self.weight.device.type == "cuda":
+            # Here rather than in the first forward, which may be an hour of loading data away.
+            backends.choose(self.int8_recipe.backend, self.weight.device, self.int8_recipe.block_size)
         if self.int8_state.operands and self.weight.device.type != "meta":
             self.int8_state.on(self.weight.device)
         return self

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_int8 import ConversionReport, Int8Linear, Int8Recipe, convert_to_int8, update_thresholds
+from lightning_int8.kernels import backends
 from lightning_int8.linear import is_plain_linear
 from lightning_int8.names import collapse_indices, matches, strip_wrappers
 from tests.tiny import RECIPE, TinyModel, assert_same, batches, thresholds
@@ -262,3 +263,20 @@ def test_the_report_names_the_kernels_of_the_device_the_model_will_run_on():
     report = convert_to_int8(nn.Sequential(nn.Linear(4, 4)), device=torch.device("meta"))
     assert [row.backend for row in report.rows] == ["auto"]
     assert [row.backend for row in convert_to_int8(nn.Sequential(nn.Linear(4, 4))).rows] == ["reference"]
+
+
+@pytest.mark.parametrize("scaling", ["row", "block"])
+def test_blocks_without_a_kernel_on_the_gpu_are_refused_at_conversion(monkeypatch, scaling):
+    monkeypatch.setattr(backends, "_capability", lambda index: (8, 0))
+    device = torch.device("cuda", 0)
+    for size in (16, 256):
+        model = nn.Sequential(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=rf"block_size={size} has no kernel on cuda:0: backend 'triton'.*32, 64"):
+            convert_to_int8(model, Int8Recipe(scaling=scaling, block_size=size), device=device)
+        assert type(model[0]) is nn.Linear
+    for size, backend, runs in ((32, "auto", "triton"), (128, "auto", "triton"), (16, "reference", "reference")):
+        recipe = Int8Recipe(scaling=scaling, block_size=size, backend=backend)
+        report = convert_to_int8(nn.Sequential(nn.Linear(4, 4)), recipe, device=device)
+        assert [row.backend for row in report.rows] == [runs]
+    with pytest.raises(RuntimeError, match="backend='hopper' cannot run on cuda:0"):
+        convert_to_int8(nn.Sequential(nn.Linear(4, 4)), Int8Recipe(backend="hopper"), device=device)

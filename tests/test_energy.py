@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_int8 import EnergyMonitor, FallbackInt8Precision
 from lightning_int8.energy import NvmlReader, count_tokens
-from tests.tiny import BATCH, RECIPE, TinyModule, trainer
+from tests.tiny import BATCH, GPU_RECIPE, RECIPE, TinyModule, trainer
 
 
 class Ticking:
@@ -112,7 +112,8 @@ def test_nvmls_counter_on_a_gpu(tmp_path) -> None:
     torch.cuda.synchronize()
     assert 1.0 < reader.joules() - before < 1e5
     monitor = EnergyMonitor(every_n_steps=1, grid_intensity=400, dirpath=str(tmp_path))
-    trainer(tmp_path, plugin=plugin(), accelerator="gpu", callbacks=[monitor]).fit(TinyModule(steps=50))
+    own = FallbackInt8Precision(GPU_RECIPE, "32-true")
+    trainer(tmp_path, plugin=own, accelerator="gpu", callbacks=[monitor]).fit(TinyModule(steps=50))
     assert monitor.tokens_seen == 50 * BATCH
     assert monitor.joules >= 0
     assert (tmp_path / "energy.json").exists()

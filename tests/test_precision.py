@@ -16,6 +16,7 @@ from torch import nn
 from lightning_int8 import FallbackInt8Precision, Int8Linear, Int8Recipe, fallback_states
 from lightning_int8.threshold import THRESHOLD
 from tests.tiny import (
+    GPU_RECIPE,
     RECIPE,
     FarThresholds,
     TinyModule,
@@ -474,7 +475,7 @@ def test_on_a_gpu(tmp_path, strategy, precision, scaler):
         "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Block}),
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
     }
-    own = plugin(precision=precision)
+    own = plugin(recipe=GPU_RECIPE, precision=precision)
     run = trainer(tmp_path, plugin=own, accelerator="gpu", strategy=strategies[strategy](), gradient_clip_val=1.0)
     run.fit(model)
     assert (type(own.scaler).__name__ if own.scaler else None) == scaler
@@ -489,6 +490,15 @@ def test_fsdp2_with_16_mixed_is_refused(tmp_path):
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    run = trainer(tmp_path, plugin=plugin(precision="16-mixed"), accelerator="gpu", strategy=strategy)
+    own = plugin(recipe=GPU_RECIPE, precision="16-mixed")
+    run = trainer(tmp_path, plugin=own, accelerator="gpu", strategy=strategy)
     with pytest.raises(ValueError, match="cannot scale the gradients of DTensor parameters"):
         run.fit(ShardedModule())
+
+
+@pytest.mark.gpu
+def test_blocks_without_a_kernel_are_refused_before_training(tmp_path):
+    model = TinyModule()
+    with pytest.raises(ValueError, match=r"block_size=16 has no kernel on cuda:0.*32, 64, 128\."):
+        trainer(tmp_path, plugin=plugin(), accelerator="gpu").fit(model)
+    assert model.losses == []

@@ -19,6 +19,8 @@ from lightning_int8.threshold import THRESHOLD
 WIDTH, CLASSES, BATCH = 64, 8, 64
 # Blocks small enough that a tiny layer has several.
 RECIPE = Int8Recipe(block_size=16)
+# The smallest blocks that the GPU's kernels have.
+GPU_RECIPE = Int8Recipe(block_size=32)
 FAR = 1e10
 
 
