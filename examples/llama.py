@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+FeedForward = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,9 @@ class LlamaConfig:
         n_layers: Number of decoder layers.
         n_heads: Number of query heads; RoPE rotates pairs of a head's channels, so their number is even.
         n_kv_heads: Number of key/value heads; divides ``n_heads`` (equal: multi-head, 1: multi-query attention).
-        ffn_dim: Width of the SwiGLU layer.
+        ffn_dim: Width of the feed-forward layer.
+        ffn: ``"swiglu"`` (Llama's) or ``"gelu"``, two linears with a GELU between, as in GPT-2.
+        causal: Whether a position sees only itself and what precedes it; otherwise it sees the whole sequence.
         max_seq_len: Longest sequence in tokens.
         rope_theta: Base of the rotary frequencies (10000 in RoFormer, 500000 in Llama 3).
         norm_eps: Epsilon of RMSNorm.
@@ -43,6 +48,8 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     activation_checkpointing: bool = False
+    ffn: FeedForward = "swiglu"
+    causal: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
@@ -52,6 +59,10 @@ class LlamaConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"LlamaConfig.{name}={getattr(self, name)!r} must be above 0.")
+        if self.ffn not in get_args(FeedForward):
+            raise ValueError(
+                f"LlamaConfig.ffn={self.ffn!r} must be one of {', '.join(map(repr, get_args(FeedForward)))}."
+            )
         pair = 2 * self.n_heads
         if self.dim % pair:
             raise ValueError(
@@ -87,7 +98,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions, causal unless the config says otherwise."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -107,7 +118,8 @@ class Attention(nn.Module):
         query = apply_rotary(heads(self.q_proj(x)), cos, sin)
         key = apply_rotary(heads(self.k_proj(x)), cos, sin)
         grouped = self.config.n_kv_heads != self.config.n_heads
-        out = F.scaled_dot_product_attention(query, key, heads(self.v_proj(x)), is_causal=True, enable_gqa=grouped)
+        value = heads(self.v_proj(x))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.config.causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, self.config.dim))
 
 
@@ -124,15 +136,27 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GeluMLP(nn.Module):
+    """``down(gelu(up(x)))``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and feed-forward layer, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config) if config.ffn == "swiglu" else GeluMLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)

@@ -114,11 +114,23 @@ class TokenCache:
     path: Path
 
     @classmethod
-    def build(cls, texts: dict[str, str], vocab_size: int, val_fraction: float, cache_dir: str | Path) -> TokenCache:
-        """The cache of ``texts``, made now unless one of the same content exists."""
+    def build(
+        cls,
+        texts: dict[str, str],
+        vocab_size: int,
+        val_fraction: float,
+        cache_dir: str | Path,
+        tokenizer: Tokenizer | None = None,
+    ) -> TokenCache:
+        """The cache of ``texts``, made now unless one of the same content exists.
+
+        With ``tokenizer`` the texts are read with that one (``vocab_size`` is then its own), otherwise one is trained.
+        """
         digest = hashlib.sha256(json.dumps([CACHE_FORMAT, vocab_size, val_fraction]).encode())
         for name, text in texts.items():
             digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode()).digest())
+        if tokenizer is not None:
+            digest.update(tokenizer.to_str().encode())
         root = Path(cache_dir).expanduser()
         final = root / digest.hexdigest()[:20]
         if final.is_dir():
@@ -129,7 +141,8 @@ class TokenCache:
         partial.mkdir()
         try:
             train, val = split_by_file(texts, val_fraction)
-            tokenizer = train_tokenizer(train, vocab_size)
+            if tokenizer is None:
+                tokenizer = train_tokenizer(train, vocab_size)
             tokenizer.save(str(partial / "tokenizer.json"))
             for split, part in (("train", train), ("val", val)):
                 _write_tokens(partial / f"{split}.bin", tokenizer, part)

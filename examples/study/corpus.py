@@ -1,0 +1,101 @@
+"""The study's text, found on the machine: sources and documentation of Python packages, and C++ headers."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from examples.data import TextDataModule
+from examples.text import TokenCache
+
+Corpus = Literal["python", "headers"]
+
+# Sources and documentation of the running Python's standard library and of everything installed beside it; and, as a
+# different text to fine-tune on, the C++ headers that PyTorch comes with.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "python": ("*.py", "*.pyi", "*.md", "*.rst"),
+    "headers": ("torch/include/**/*.h", "torch/include/**/*.cuh"),
+}
+# Longer files are tables and generated code.
+MAX_FILE_CHARS = 200_000
+
+
+def _files(corpus: Corpus) -> Iterator[tuple[str, Path]]:
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["purelib"])] if corpus == "headers" else [Path(paths["stdlib"]), Path(paths["purelib"])]
+    for root in roots:
+        for pattern in PATTERNS[corpus]:
+            for file in root.rglob(pattern):
+                inside = file.relative_to(root).parts
+                # The standard library's folder holds that of the packages.
+                if "site-packages" in inside or "dist-packages" in inside or "__pycache__" in inside:
+                    continue
+                yield f"{root.name}/{file.relative_to(root).as_posix()}", file
+
+
+def collect(corpus: Corpus, max_bytes: int) -> dict[str, str]:
+    """Texts by file name, each content once, in an order by the names' hashes, up to ``max_bytes`` of UTF-8.
+
+    Raises:
+        ValueError: Nothing was found.
+    """
+    texts: dict[str, str] = {}
+    seen: set[bytes] = set()
+    taken = 0
+    for name, file in sorted(_files(corpus), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+        try:
+            content = file.read_bytes()
+            text = content.decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        digest = hashlib.sha256(content).digest()
+        if digest in seen or not text.strip() or len(text) > MAX_FILE_CHARS:
+            continue
+        seen.add(digest)
+        texts[name] = text
+        taken += len(content)
+        if taken >= max_bytes:
+            break
+    if not texts:
+        raise ValueError(
+            f"No text for the corpus {corpus!r} ({', '.join(PATTERNS[corpus])}) below "
+            f"{sysconfig.get_paths()['purelib']}: install PyTorch there, or choose another corpus."
+        )
+    return texts
+
+
+class StudyData(TextDataModule):
+    """A corpus as token batches; every corpus is read with the tokenizer of the ``python`` one.
+
+    Args:
+        corpus: Which text.
+        max_bytes: How much of each corpus to take at most.
+        kwargs: See :class:`examples.data.TextDataModule`.
+    """
+
+    def __init__(self, corpus: Corpus, max_bytes: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        if corpus not in PATTERNS:
+            raise ValueError(f"corpus={corpus!r} must be one of {', '.join(map(repr, PATTERNS))}.")
+        self.corpus = corpus
+        self.max_bytes = max_bytes
+
+    def _build(self) -> TokenCache:
+        # Opened once a process: hashing the whole text for each of the study's runs would take longer than some runs.
+        key = (self.corpus, self.max_bytes, self.vocab_size, self.val_fraction, self.cache_dir)
+        if key not in _OPENED:
+            tokenizer = None
+            if self.corpus != "python":
+                tokenizer = StudyData("python", self.max_bytes, **self._options())._build().tokenizer
+            texts = collect(self.corpus, self.max_bytes)
+            _OPENED[key] = TokenCache.build(texts, self.vocab_size, self.val_fraction, self.cache_dir, tokenizer)
+        return _OPENED[key]
+
+    def _options(self) -> dict[str, object]:
+        return {"vocab_size": self.vocab_size, "val_fraction": self.val_fraction, "cache_dir": self.cache_dir}
+
+
+_OPENED: dict[tuple[object, ...], TokenCache] = {}
