@@ -8,6 +8,7 @@ is needed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -184,13 +185,8 @@ def _update_on_device(
 ) -> None:
     parts = [state.on(device) for state in states]
     table = rows_in_use(parts)
-    rows = [(state, operand) for state in states for operand in state.operands]
-    limits = torch.tensor(
-        [(*state.band(operand), state.recipe.threshold_factor) for state, operand in rows], dtype=torch.float32
-    )
-    low, high, factor = (
-        (limits.pin_memory() if device.type == "cuda" else limits).to(device, non_blocking=True).unbind(1)
-    )
+    limits = tuple((*s.band(operand), s.recipe.threshold_factor) for s in states for operand in s.operands)
+    low, high, factor = _on_device(limits, device).unbind(1)
 
     threshold, fallback, total = table[:, THRESHOLD], table[:, FALLBACK_BLOCKS], table[:, TOTAL_BLOCKS]
     # Anything but a positive number says nothing about the next step: such a threshold is seeded again.
@@ -215,6 +211,12 @@ def _update_on_device(
     of_layer = updated.split([len(state.operands) for state in states])
     # Both parts hold every row, so that either shows the whole state between updates.
     torch._foreach_copy_([part for pair in parts for part in pair], [rows for rows in of_layer for _ in range(2)])
+
+
+# Kept, so that a step copies nothing from the host: a CUDA graph of it would read the copied memory again.
+@functools.lru_cache(maxsize=64)
+def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def _group_device(process_group: dist.ProcessGroup | None, states: list[FallbackState]) -> torch.device:
