@@ -1,0 +1,168 @@
+"""The three INT8 GEMMs of a linear layer alone, checked, beside cuBLAS BF16 and PyTorch's own FP8 and INT8 products.
+
+Operands are made as integers (low plane normal with a deviation of 32, high plane within ±3), so this times the GEMM
+and the lists it makes of its fallback blocks, without quantization. TFLOP/s are of the product, 2·M·N·K, whatever the
+extra work of fallback blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_int8.bench.roofline import Peak, gemm_milliseconds
+from lightning_int8.bench.timing import interleaved, kernel_times, low_precision_share
+from lightning_int8.kernels import backends, reference
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
+
+BLOCK = 128
+CORNER = 256
+# Lowest SQNR in dB of an output's corners against the reference.
+EXACT = {"row": math.inf, "block": 40.0}
+PEERS = ("fp8-rowwise", "fp8-tensorwise", "int8-torch")
+
+
+def operand(rows: int, depth: int, rate: float, scaling: str, scaled: bool) -> QuantizedMatrix:
+    """A random ``[rows, depth]`` with a fraction ``rate`` of fallback blocks."""
+    shape = blocks_along(rows, BLOCK), blocks_along(depth, BLOCK)
+    low = torch.zeros(rows, shape[1] * BLOCK, dtype=torch.int8, device="cuda")
+    low[:, :depth] = (
+        torch.empty(rows, depth, dtype=torch.float16, device="cuda").normal_(0, 32).round_().clamp_(-127, 127)
+    )
+    high = slot = scale = None
+    if rate:
+        mask = torch.rand(shape, device="cuda") < rate
+        slot = (mask.flatten().cumsum(0).view(shape) - 1).where(mask, -1).to(torch.int32)
+        high = torch.randint(-3, 4, (int(mask.sum()) + 1, BLOCK, BLOCK), dtype=torch.int8, device="cuda")
+    if scaling == "block" or scaled:
+        scale = torch.rand(shape if scaling == "block" else rows, device="cuda") * 1e-2
+    return QuantizedMatrix(low, high, slot, scale, (rows, depth), BLOCK)
+
+
+def products(tokens: int, k: int, n: int) -> dict[str, tuple[int, int, int]]:
+    """Rows, columns and contraction of a linear's three products."""
+    return {"forward": (tokens, n, k), "dgrad": (tokens, k, n), "wgrad": (n, k, tokens)}
+
+
+def part(a: QuantizedMatrix, start: int) -> QuantizedMatrix:
+    """Some rows of ``a`` from a multiple of the block edge on."""
+    rows, blocks = slice(start, start + CORNER), slice(start // BLOCK, (start + CORNER) // BLOCK)
+    low = a.low[rows]
+    slot = None if a.slot is None else a.slot[blocks]
+    scale = None if a.scale is None else a.scale[blocks if a.scale.dim() == 2 else rows]
+    return QuantizedMatrix(low, a.high, slot, scale, (low.shape[0], a.size[1]), BLOCK)
+
+
+def check(out: Tensor, a: QuantizedMatrix, b: QuantizedMatrix, scaling: str) -> None:
+    """Raises ``AssertionError`` unless the corners of ``out`` are right."""
+    if not out.isfinite().all():
+        raise AssertionError("the output has elements that are not finite")
+    for i in (0, (a.size[0] - 1) // BLOCK * BLOCK):
+        for j in (0, (b.size[0] - 1) // BLOCK * BLOCK):
+            wanted = getattr(reference, f"gemm_{scaling}")(part(a, i), part(b, j), None, out.dtype).double()
+            noise = out[i : i + CORNER, j : j + CORNER].double() - wanted
+            sqnr = 10 * torch.log10(wanted.square().sum() / noise.square().sum()).item()
+            if sqnr < EXACT[scaling]:
+                raise AssertionError(f"{scaling} {a.size}x{b.size} at ({i}, {j}): SQNR {sqnr:.1f} dB")
+
+
+def bf16(name: str, rows: int, columns: int, depth: int) -> Callable[[], Tensor]:
+    """The BF16 product of cuBLAS on the operands as autograd has them."""
+    a = torch.randn((depth, rows) if name == "wgrad" else (rows, depth), device="cuda", dtype=torch.bfloat16)
+    b = torch.randn((columns, depth) if name == "forward" else (depth, columns), device="cuda", dtype=torch.bfloat16)
+    a = a.t() if name == "wgrad" else a
+    b = b.t() if name == "forward" else b
+    return lambda: a @ b
+
+
+def ours(
+    name: str, rows: int, columns: int, depth: int, scaling: str, rate: float, backend: str
+) -> Callable[[], Tensor]:
+    """One of this package's products, after it has been checked; the wgrad has fallback blocks on both operands.
+
+    Raises:
+        AssertionError: The product is wrong.
+    """
+    a = operand(rows, depth, rate, scaling, True)
+    b = operand(columns, depth, rate if name == "wgrad" else 0.0, scaling, name == "forward")
+    run = functools.partial(getattr(backends.load(backend), f"gemm_{scaling}"), a, b, None, torch.bfloat16)
+    check(run(), a, b, scaling)
+    return run
+
+
+def peer(name: str, rows: int, columns: int, depth: int) -> Callable[[], Tensor]:
+    """PyTorch's product of the kernels that torchao calls; both operands contiguous along the contraction."""
+    if name == "int8-torch":
+        a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, device="cuda")
+        b = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device="cuda")
+        return lambda: torch._int_mm(a, b.t())
+    a = torch.randn(rows, depth, device="cuda").to(torch.float8_e4m3fn)
+    b = torch.randn(columns, depth, device="cuda").to(torch.float8_e4m3fn)
+    rowwise = name == "fp8-rowwise"
+    scale_a = torch.ones((rows, 1) if rowwise else (), device="cuda")
+    scale_b = torch.ones((1, columns) if rowwise else (), device="cuda")
+    return lambda: torch._scaled_mm(
+        a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def measure(
+    name: str,
+    tokens: int,
+    k: int,
+    n: int,
+    scalings: Sequence[str],
+    rates: Sequence[float],
+    peers: Sequence[str],
+    backend: str,
+    peak: Peak | None,
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Times the product ``name`` of an ``[n, k]`` linear over ``tokens`` tokens.
+
+    Returns:
+        ``product``, ``tokens``, ``k``, ``n`` and ``cells``: for BF16, each scaling at each rate and each peer ``ms``,
+        ``tflops`` and ``ratio`` to BF16; ``model_ms`` where the GPU's peaks are known; ``low_precision_share`` for
+        peers; ``error`` if it did not run or was wrong.
+    """
+    rows, columns, depth = products(tokens, k, n)[name]
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {"bf16": lambda: bf16(name, rows, columns, depth)}
+    for scaling in scalings:
+        for rate in rates:
+            makers[f"{scaling} r={rate:g}"] = functools.partial(
+                ours, name, rows, columns, depth, scaling, rate, backend
+            )
+    for other in peers:
+        makers[other] = functools.partial(peer, other, rows, columns, depth)
+    cells: dict[str, dict[str, Any]] = {head: {} for head in makers}
+    runs = {}
+    for head, make in makers.items():
+        # What cannot run here, or is wrong, is a result, not the end of the table.
+        try:
+            run = make()
+            run()
+            if head in peers:
+                cells[head]["low_precision_share"] = low_precision_share(kernel_times(run, 1))
+            runs[head] = run
+        except (RuntimeError, ValueError, AssertionError) as error:
+            cells[head]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    times = interleaved(runs)
+    for head, milliseconds in times.items():
+        cells[head] |= {
+            "ms": milliseconds,
+            "tflops": 2 * rows * columns * depth / milliseconds / 1e9,
+            "ratio": times["bf16"] / milliseconds,
+        }
+        if peak is not None:
+            rate = float(head.partition("r=")[2] or 0.0)
+            extra = (1 + rate) ** 2 if name == "wgrad" else 1 + rate
+            rates_of = {"bf16": (peak.bf16, 2), "fp8": (peak.fp8, 1)}
+            limit, size = rates_of.get(head.split("-")[0], (peak.int8, 1))
+            if limit is not None:
+                cells[head]["model_ms"] = gemm_milliseconds(rows, columns, depth, limit / extra, bandwidth, size)
+    return {"product": name, "tokens": tokens, "k": k, "n": n, "cells": cells}

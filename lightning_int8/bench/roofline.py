@@ -1,0 +1,86 @@
+"""What the hardware would allow: peak rates by GPU, and the time a GEMM or a linear layer takes at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense tensor-core peaks in TFLOP/s (TOPS) with FP32 or INT32 accumulation, as the vendor states them.
+
+    Attributes:
+        bf16: BF16.
+        int8: INT8.
+        fp8: FP8; ``None`` where the GPU has none.
+    """
+
+    bf16: float
+    int8: float
+    fp8: float | None
+
+
+# The first name that the GPU's name contains counts. From NVIDIA's data sheets and architecture white papers; where
+# they state rates with sparsity, half of it.
+PEAKS: dict[str, Peak] = {
+    "H100 PCIe": Peak(756, 1513, 1513),
+    "H100 NVL": Peak(835, 1671, 1671),
+    "H100": Peak(989, 1979, 1979),
+    "H200 NVL": Peak(835, 1671, 1671),
+    "H200": Peak(989, 1979, 1979),
+    "GH200": Peak(989, 1979, 1979),
+    "H800": Peak(989, 1979, 1979),
+    "H20": Peak(148, 296, 296),
+    "B200": Peak(2250, 4500, 4500),
+    "A100": Peak(312, 624, None),
+    "A800": Peak(312, 624, None),
+    "A40": Peak(149.7, 299.3, None),
+    "A10G": Peak(70, 140, None),
+    "A10": Peak(125, 250, None),
+    "L40S": Peak(362, 733, 733),
+    "L40": Peak(181, 362, 362),
+    "L4": Peak(121, 242, 242),
+    "RTX A6000": Peak(154.8, 309.7, None),
+    "RTX 3090": Peak(71, 284, None),
+    "RTX 4090": Peak(165.2, 660.6, 330.3),
+    "RTX 5090": Peak(209.5, 838, 419),
+}
+
+
+def peak_of(gpu: str) -> Peak | None:
+    """The peak rates of the GPU of this name; ``None`` where they are not in the table."""
+    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
+
+
+def gemm_milliseconds(rows: int, columns: int, depth: int, rate: float, bandwidth: float, size: int) -> float:
+    """The least time of one GEMM: its arithmetic at the peak, or its bytes at the copy's bandwidth.
+
+    Args:
+        rows: Rows of the output.
+        columns: Columns of the output.
+        depth: The contraction.
+        rate: Peak in TFLOP/s.
+        bandwidth: Bytes a second.
+        size: Bytes of an operand's element; the output's has 2.
+    """
+    arithmetic = 2 * rows * columns * depth / rate / 1e9
+    traffic = (size * depth * (rows + columns) + 2 * rows * columns) / bandwidth * 1e3
+    return max(arithmetic, traffic)
+
+
+def linear_milliseconds(
+    tokens: int, k: int, n: int, int8: bool, fallback: float, peak: Peak, bandwidth: float
+) -> float:
+    """The least time of a linear's three GEMMs and, for INT8, of its quantization at the copy's bandwidth.
+
+    A fraction ``fallback`` of X's and dY's blocks is multiplied twice, both ways in the wgrad. Quantizing reads a BF16
+    tensor twice (statistics, then integers) and writes two INT8 layouts of it and of its fallback blocks; the weight's
+    are made once for the forward and once for the dgrad.
+    """
+    size, rate = (1, peak.int8) if int8 else (2, peak.bf16)
+    extra = 1 + fallback if int8 else 1.0
+    gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), extra * extra)]
+    time = sum(gemm_milliseconds(*shape, rate / factor, bandwidth, size) for shape, factor in gemms)
+    if int8:
+        time += (tokens * (k + n) * (6 + 2 * fallback) + 10 * k * n) / bandwidth * 1e3
+    return time
