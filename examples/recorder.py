@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,16 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._stop_clock()
-        self.curve.train_loss = {step: float(loss) for step, loss in self._losses.items()}
+        self.curve.train_loss |= {step: float(loss) for step, loss in self._losses.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, so that a resumed run's curve is whole."""
+        losses = self.curve.train_loss | {step: float(loss) for step, loss in self._losses.items()}
+        return dataclasses.asdict(self.curve) | {"train_loss": losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues what ``state_dict`` returned."""
+        self.curve = Curve(**state_dict)
 
     def _stop_clock(self) -> None:
         if self._resumed_at is not None:

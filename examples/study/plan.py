@@ -1,0 +1,110 @@
+"""One run of the study as data: what its YAML says, and what all runs share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from examples.study.corpus import Corpus
+from examples.study.module import Objective
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
+
+Float8 = Literal["rowwise", "tensorwise"]
+RUNS = Path(__file__).parent / "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Without ``int8`` and ``float8`` it is BF16.
+
+    Args:
+        name: Its YAML's name.
+        seed: Of weights, batches and masks.
+        int8: Recipe of the INT8 plugin: a preset's name or a mapping of fields.
+        float8: torchao's float8 training with this scaling.
+        model: Fields of :class:`examples.llama.LlamaConfig` that differ from the study's.
+        objective: See :class:`examples.study.module.StudyModule`.
+        corpus: See :mod:`examples.study.corpus`.
+        init_from: Name of the run whose weights this one starts from.
+        share: Of the study's tokens a run, how many this one trains on.
+        keep_weights: Whether to leave ``weights.pt``; set for the runs that others start from, or that the probe reads.
+
+    Raises:
+        ValueError: A field is out of range, or fields contradict each other.
+    """
+
+    name: str
+    seed: int = 0
+    int8: str | dict[str, Any] | None = None
+    float8: Float8 | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: Objective = "next_token"
+    corpus: Corpus = "python"
+    init_from: str | None = None
+    share: float = 1.0
+    keep_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.int8 is not None and self.float8 is not None:
+            raise ValueError(f"{self.name}: int8={self.int8!r} and float8={self.float8!r} exclude each other.")
+        if self.float8 is not None and self.float8 not in get_args(Float8):
+            raise ValueError(
+                f"{self.name}: float8={self.float8!r} must be one of {', '.join(map(repr, get_args(Float8)))}."
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.name}: share={self.share!r} must be above 0 and at most 1.")
+
+    @property
+    def recipe(self) -> Int8Recipe | None:
+        """The recipe, or ``None`` where nothing is INT8."""
+        return None if self.int8 is None else resolve_recipe(self.int8)
+
+    def digest(self, shared: dict[str, Any]) -> str:
+        """Changes with whatever changes the run: a folder holds results of one digest only."""
+        content = json.dumps([dataclasses.asdict(self), shared], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def load(file: Path) -> Run:
+    """The run that a YAML file describes.
+
+    Raises:
+        ValueError: Unknown fields, or values that :class:`Run` refuses.
+    """
+    values = yaml.safe_load(file.read_text()) or {}
+    known = {f.name for f in dataclasses.fields(Run)} - {"name"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{file}: unknown field(s) {', '.join(unknown)}; the fields are {', '.join(sorted(known))}.")
+    return Run(name=file.stem, **values)
+
+
+def in_order(runs: list[Run]) -> list[Run]:
+    """The runs with each after the one it starts from.
+
+    Raises:
+        ValueError: A run starts from one that is not among them.
+    """
+    names = {run.name: run for run in runs}
+    ordered: dict[str, Run] = {}
+
+    def place(run: Run, above: tuple[str, ...]) -> None:
+        if run.name in ordered:
+            return
+        if run.init_from is not None:
+            if run.init_from not in names or run.init_from in above:
+                raise ValueError(
+                    f"{run.name}: init_from={run.init_from!r} must be another of the runs: {', '.join(names)}."
+                )
+            place(names[run.init_from], (*above, run.name))
+        ordered[run.name] = run
+
+    for run in runs:
+        place(run, ())
+    return list(ordered.values())

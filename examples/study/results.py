@@ -1,0 +1,158 @@
+"""What the study leaves behind: final losses and curves as CSV, plots, and a page with the table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from examples.study.plan import Run
+
+Finished = Sequence[tuple[Run, dict[str, Any]]]
+COLUMNS = (
+    "run",
+    "held_out_loss",
+    "gap_percent",
+    "gap_in_seed_deviations",
+    "train_loss",
+    "fallback_rate",
+    "tokens_per_second",
+    "tokens",
+    "device",
+)
+
+
+def write_results(folder: Path, finished: Finished, shared: dict[str, Any]) -> None:
+    """Writes ``results.csv``, ``curves.csv``, ``curves.png``, ``fallback_rate.csv`` and ``study.md``."""
+    rows = _rows(folder, finished)
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(folder / "curves.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["run", "step", "train_loss", "held_out_loss"])
+        for run, result in finished:
+            curve = result["curve"]
+            for step, loss in curve["train_loss"].items():
+                lines.writerow([run.name, step, f"{loss:.6f}", curve["val_loss"].get(step, "")])
+    _join_fallback_rates(folder, finished)
+    _draw(folder / "curves.png", finished)
+    (folder / "study.md").write_text(_page(rows, shared))
+
+
+def _group(run: Run) -> tuple[str, ...]:
+    """What two runs must share for their losses to be compared."""
+    return (json.dumps(run.model, sort_keys=True), run.objective, run.corpus, str(run.init_from), str(run.share))
+
+
+def _baselines(finished: Finished, run: Run) -> list[float]:
+    """Held-out losses of the BF16 runs that ``run`` is compared with."""
+    return [
+        result["val_loss"]
+        for other, result in finished
+        if other.int8 is None and other.float8 is None and _group(other) == _group(run)
+    ]
+
+
+def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
+    deviation = _seed_deviation(finished)
+    rows = []
+    for run, result in finished:
+        base = _baselines(finished, run)
+        row = dict.fromkeys(COLUMNS, "")
+        row |= {
+            "run": run.name,
+            "held_out_loss": f"{result['val_loss']:.5f}",
+            "train_loss": f"{result['train_loss']:.5f}",
+            "fallback_rate": _mean_rate(folder / run.name),
+            "tokens_per_second": f"{result['tokens_per_second']:.0f}",
+            "tokens": str(result["tokens"]),
+            "device": result["device"],
+        }
+        if base:
+            gap = result["val_loss"] - statistics.mean(base)
+            row["gap_percent"] = f"{100 * gap / statistics.mean(base):+.3f}"
+            if deviation and run.corpus == "python" and not run.model:
+                row["gap_in_seed_deviations"] = f"{gap / deviation:+.1f}"
+        rows.append(row)
+    return rows
+
+
+def _seed_deviation(finished: Finished) -> float | None:
+    """Standard deviation of the BF16 runs' held-out losses over seeds; ``None`` for fewer than two."""
+    losses = [
+        result["val_loss"]
+        for run, result in finished
+        if run.int8 is None and run.float8 is None and _group(run) == _group(Run(name="baseline"))
+    ]
+    return statistics.stdev(losses) if len(losses) > 1 else None
+
+
+def _mean_rate(folder: Path) -> str:
+    file = folder / "fallback_rate.csv"
+    if not file.exists():
+        return ""
+    with open(file, newline="") as lines:
+        return f"{statistics.mean(float(line['rate']) for line in csv.DictReader(lines)):.3f}"
+
+
+def _join_fallback_rates(folder: Path, finished: Finished) -> None:
+    with open(folder / "fallback_rate.csv", "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["run", "step", "layer", "operand", "rate", "threshold"])
+        for run, _ in finished:
+            file = folder / run.name / "fallback_rate.csv"
+            if file.exists():
+                with open(file, newline="") as lines:
+                    writer.writerows([run.name, *line] for line in list(csv.reader(lines))[1:])
+
+
+def _draw(file: Path, finished: Finished) -> None:
+    """Held-out losses over tokens, and below the gap of the smoothed training losses to the BF16 run of that seed."""
+    groups: dict[tuple[str, ...], list[tuple[Run, dict[str, Any]]]] = {}
+    for run, result in finished:
+        groups.setdefault(_group(run), []).append((run, result))
+    figure = Figure(figsize=(5.5 * len(groups), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(groups), squeeze=False, height_ratios=[3, 2])
+    for column, members in enumerate(groups.values()):
+        upper, lower = panels[:, column]
+        base = next((r for run, r in members if run.int8 is None and run.float8 is None), None)
+        for run, result in members:
+            tokens_a_step = result["tokens"] / result["steps"]
+            held_out = {int(step): loss for step, loss in result["curve"]["val_loss"].items()}
+            (line,) = upper.plot([s * tokens_a_step for s in held_out], list(held_out.values()), ".-", label=run.name)
+            losses = {int(step): loss for step, loss in result["curve"]["train_loss"].items()}
+            if base is not None and base is not result:
+                full = {int(step): loss for step, loss in base["curve"]["train_loss"].items()}
+                gaps = _smooth([100 * (losses[s] / full[s] - 1) for s in losses if s in full])
+                steps = [s * tokens_a_step for s in losses if s in full]
+                lower.plot(steps, gaps, lw=1, color=line.get_color())
+        upper.set_title(members[0][0].name)
+        upper.set_ylabel("held-out loss (nats per token)")
+        upper.legend(fontsize=7)
+        lower.axhline(0, color="gray", lw=0.5)
+        lower.set_ylabel("train loss against the first BF16 run (%)")
+        lower.set_xlabel("tokens")
+    figure.savefig(file, dpi=110)
+
+
+def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(memory * smoothed[-1] + (1 - memory) * value if smoothed else value)
+    return smoothed
+
+
+def _page(rows: list[dict[str, Any]], shared: dict[str, Any]) -> str:
+    heading = f"# Study, {shared['tokens']:,} tokens a run\n\n"
+    table = "| " + " | ".join(COLUMNS).replace("_", " ") + " |\n" + "|---" * len(COLUMNS) + "|\n"
+    table += "".join("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |\n" for row in rows)
+    return heading + table

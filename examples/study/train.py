@@ -1,0 +1,160 @@
+"""One run of the study: trains, resumes where an earlier call stopped, and leaves `result.json` when it is done."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from examples.model import LlamaModule
+from examples.recorder import Recorder
+from examples.study.corpus import StudyData
+from examples.study.module import StudyModule
+from examples.study.plan import Float8, Run
+from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor
+from lightning_int8.checkpoint import VerifiedCheckpointIO
+from lightning_int8.plugin_core import OuterPrecision
+
+IGNORED = ["lm_head"]
+# A run that is cut off loses at most this.
+CHECKPOINT_EVERY = timedelta(minutes=10)
+
+
+def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) -> dict[str, Any]:
+    """Trains ``run`` in ``folder``, or returns the result that lies there already.
+
+    Args:
+        run: What to train.
+        shared: What all runs share: the study's YAML with the command line's changes.
+        folder: For the checkpoint and the results; made if missing.
+        weights: ``weights.pt`` of the run it starts from.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ValueError: ``folder`` holds results of another configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = run.digest(shared)
+    _check_digest(folder, digest)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+
+    began = time.perf_counter()
+    data = StudyData(corpus=run.corpus, seed=run.seed, **shared["data"])
+    tokens_a_step = data.batch_size * data.sequence_length
+    steps = max(1, int(shared["tokens"] * run.share) // tokens_a_step)
+    on_gpu = torch.cuda.is_available() and shared["accelerator"] != "cpu"
+    L.seed_everything(run.seed, verbose=False)
+    module = _module(run, shared, steps, on_gpu)
+    if weights is not None:
+        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    if run.float8 is not None:
+        _convert_to_float8(module, run.float8)
+    recorder = Recorder()
+    evaluate_every = max(1, math.ceil(steps / shared["evaluations"]))
+    callbacks: list[Callback] = [
+        recorder,
+        ModelCheckpoint(
+            dirpath=folder, filename="last", train_time_interval=CHECKPOINT_EVERY, enable_version_counter=False
+        ),
+    ]
+    precision: OuterPrecision = "bf16-mixed" if on_gpu else "32-true"
+    plugins: list[Any] = [VerifiedCheckpointIO()]
+    options: dict[str, Any] = {}
+    if run.recipe is None:
+        options["precision"] = precision
+    else:
+        plugins.append(FallbackInt8Precision(recipe=run.recipe, precision=precision, ignore_modules=IGNORED))
+        if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
+            callbacks.append(FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder)))
+    trainer = L.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=1,
+        max_steps=steps,
+        val_check_interval=evaluate_every,
+        check_val_every_n_epoch=None,
+        limit_val_batches=shared["val_batches"],
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=callbacks,
+        plugins=plugins,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    checkpoint = folder / "last.ckpt"
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    if steps not in recorder.curve.val_loss:
+        trainer.validate(module, datamodule=data, verbose=False)
+    curve = recorder.curve
+    result = {
+        "name": run.name,
+        "digest": digest,
+        "tokens": steps * tokens_a_step,
+        "steps": steps,
+        "val_loss": curve.final_val_loss,
+        "train_loss": curve.final_train_loss,
+        "tokens_per_second": curve.tokens_per_second,
+        "seconds": time.perf_counter() - began,
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "curve": {"train_loss": curve.train_loss, "val_loss": curve.val_loss},
+    }
+    if run.keep_weights:
+        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, folder / "weights.pt")
+    # Last, since its presence says that the run is complete.
+    partial = folder / ".result.partial"
+    partial.write_text(json.dumps(result))
+    partial.replace(folder / "result.json")
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _check_digest(folder: Path, digest: str) -> None:
+    file = folder / "digest"
+    if file.exists() and file.read_text() != digest:
+        raise ValueError(
+            f"{folder} holds a run of another configuration. Delete it, or write to another folder with --output."
+        )
+    file.write_text(digest)
+
+
+def _module(run: Run, shared: dict[str, Any], steps: int, on_gpu: bool) -> LlamaModule:
+    model = shared["model"]
+    config = {**model["config"], **run.model}
+    return StudyModule(
+        objective=run.objective,
+        seed=run.seed,
+        compile_layers=on_gpu,
+        config=config,  # type: ignore[arg-type]
+        learning_rate=model["learning_rate"],
+        warmup_steps=max(1, min(model["warmup_steps"], steps // 10)),
+        optimizer=functools.partial(torch.optim.AdamW, fused=on_gpu),
+    )
+
+
+def _convert_to_float8(module: L.LightningModule, scaling: Float8) -> None:
+    """Makes torchao's float8 linears of all but the head.
+
+    Raises:
+        RuntimeError: torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ModuleNotFoundError:
+        raise RuntimeError(f"float8={scaling!r} needs torchao: pip install torchao.") from None
+    convert_to_float8_training(
+        module,
+        config=Float8LinearConfig.from_recipe_name(scaling),
+        module_filter_fn=lambda _, name: not any(ignored in name.split(".") for ignored in IGNORED),
+    )
