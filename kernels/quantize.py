@@ -6,6 +6,8 @@ statistics that lie in L2), and the integers in both layouts (second read).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -66,29 +68,70 @@ def quantize_row(
         ``scale [R]``, ``int_max [R]`` float32.
     """
     x, rows, columns, row_blocks, column_blocks = _check(x, block)
+    statistics = MatrixStatistics.empty(x, capacity, block)
+    if x.numel() > 0:
+        with _on(x):
+            matrix_statistics[(row_blocks * column_blocks,)](
+                x, *statistics, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
+            )
+    return row_from_statistics(x, statistics, state, operand, seed_rate, capacity, block, update, transpose)
+
+
+class MatrixStatistics(NamedTuple):
+    """What the first read of ``x [R, Q]`` leaves for `row` scaling; ``None`` is not needed.
+
+    Attributes:
+        amax: int32 ``[QB, R]``, bit patterns of AbsMax.
+        weight: float32 ``[QB, R]``: see `statistics.matrix_statistics`.
+        block_amax: int32 ``[RB, QB]``.
+    """
+
+    amax: Tensor
+    weight: Tensor | None
+    block_amax: Tensor | None
+
+    @classmethod
+    def empty(cls, x: Tensor, capacity: int, block: int) -> MatrixStatistics:
+        """Room for the statistics of ``x``, uninitialized."""
+        rows, columns = x.shape
+        new, column_blocks = _Allocator(x.device), blocks_along(columns, block)
+        return cls(
+            new.int32(column_blocks, rows),
+            new.float32(column_blocks, rows) if capacity > 0 or _may_bind(columns) else None,
+            new.int32(blocks_along(rows, block), column_blocks) if capacity > 0 else None,
+        )
+
+
+def row_from_statistics(
+    x: Tensor,
+    statistics: MatrixStatistics,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    transpose: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_row` does after its first read, given what that read found."""
+    x, rows, columns, row_blocks, column_blocks = _check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
     scale, inverse, int_max = new.float32(rows), new.float32(rows), new.float32(rows)
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
-    limit = _limit(columns)
-    weight = new.float32(column_blocks, rows) if fallback or _may_bind(columns) else None
-    amax, block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks) if fallback else None
     blocks = row_blocks * column_blocks
     with _on(x):
-        matrix_statistics[(blocks,)](
-            x, amax, weight, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
-        )
         matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
-            block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, None,
-            None, amax, weight, limit, scale, inverse, int_max, rows, columns,
-            FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks),
+            statistics.block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
+            slot, None, None, statistics.amax, statistics.weight, _limit(columns), scale, inverse, int_max, rows,
+            columns, FALLBACK=fallback, **_select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         row_planes[_parts("row_planes", blocks, block)](
             x, inverse, slot, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
-            B=block, **_options("row_planes", block),
+            B=block, **options("row_planes", block),
         )  # fmt: skip
     return low, low_t, high, high_t, slot, scale, int_max
 
@@ -130,10 +173,65 @@ def quantize_row_gradient(
         wanted comes back empty.
     """
     dy, rows, columns, row_blocks, column_blocks = _check(dy, block)
+    has_a, has_g = weight_scale is not None, input_scale is not None
+    statistics = GradientStatistics.empty(dy, has_a, has_g, bias, capacity, block)
+    if dy.numel() > 0 and (has_a or has_g or bias):
+        with _on(dy):
+            gradient_statistics[(row_blocks * column_blocks,)](
+                dy, input_scale, input_int_max, weight_scale, *statistics, rows, columns, *dy.stride(),
+                B=block, **options("gradient_statistics", block),
+            )  # fmt: skip
+    return gradient_from_statistics(
+        dy, statistics, weight_scale, input_scale, state, seed_rate, capacity, block, update, stochastic
+    )
+
+
+class GradientStatistics(NamedTuple):
+    """What the first read of ``dy [M, N]`` leaves: see `statistics.gradient_statistics`; ``None`` is not needed."""
+
+    a_amax: Tensor | None
+    a_weight: Tensor | None
+    a_block_amax: Tensor | None
+    g_amax: Tensor | None
+    g_weight: Tensor | None
+    g_block_amax: Tensor | None
+    int_sums: Tensor | None
+    column_sums: Tensor | None
+
+    @classmethod
+    def empty(cls, dy: Tensor, a: bool, g: bool, bias: bool, capacity: int, block: int) -> GradientStatistics:
+        """Room for the statistics of ``dy`` as A and as G, uninitialized."""
+        rows, columns = dy.shape
+        new, row_blocks, column_blocks = _Allocator(dy.device), blocks_along(rows, block), blocks_along(columns, block)
+        return cls(
+            new.int32(column_blocks, rows) if a else None,
+            new.float32(column_blocks, rows) if a and (capacity > 0 or _may_bind(columns)) else None,
+            new.int32(row_blocks, column_blocks) if a else None,
+            new.int32(row_blocks, columns) if g else None,
+            new.float32(row_blocks, columns) if g else None,
+            new.int32(column_blocks, row_blocks) if g else None,
+            new.float32(row_blocks) if g else None,
+            new.float32(row_blocks, columns) if bias else None,
+        )
+
+
+def gradient_from_statistics(
+    dy: Tensor,
+    statistics: GradientStatistics,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    stochastic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_row_gradient` does after its first read, given what that read found."""
+    dy, rows, columns, row_blocks, column_blocks = _check(dy, block)
     new = _Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
-    has_a, has_g = weight_scale is not None, input_scale is not None
-    limit = _limit(columns)
+    has_a, has_g, bias = weight_scale is not None, input_scale is not None, statistics.column_sums is not None
 
     def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not wanted:
@@ -153,30 +251,16 @@ def quantize_row_gradient(
         return out
     if not (has_a or has_g or bias):
         return out
-
     a_inverse, g_inverse = new.float32(rows), new.float32(columns)
-    a_amax = a_weight = a_block_amax = a_seed = g_amax = g_weight = g_block_amax = g_seed = int_sums = sums = None
-    if has_a:
-        a_amax, a_block_amax = new.int32(column_blocks, rows), new.int32(row_blocks, column_blocks)
-        a_seed = new.int32(1) if stochastic else None
-        if fallback or _may_bind(columns):
-            a_weight = new.float32(column_blocks, rows)
-    if has_g:
-        g_amax, g_block_amax = new.int32(row_blocks, columns), new.int32(column_blocks, row_blocks)
-        g_weight, int_sums = new.float32(row_blocks, columns), new.float32(row_blocks)
-        g_seed = new.int32(1) if stochastic else None
-    if bias:
-        sums = new.float32(row_blocks, columns)
+    a_seed = new.int32(1) if has_a and stochastic else None
+    g_seed = new.int32(1) if has_g and stochastic else None
+    found = statistics
     with _on(dy):
-        gradient_statistics[(blocks,)](
-            dy, input_scale, input_int_max, weight_scale, a_amax, a_weight, a_block_amax, g_amax, g_weight,
-            g_block_amax, int_sums, sums, rows, columns, *dy.stride(),
-            B=block, **_options("gradient_statistics", block),
-        )  # fmt: skip
         gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
-            a_block_amax, _operand(state, 1), a_amax, a_weight, limit, a_slot, a_scale, a_inverse, a_seed,
-            g_block_amax, _operand(state, 2), g_amax, g_weight, int_sums, _INT32_LIMIT * 2.0**-31, g_slot, g_scale,
-            g_inverse, g_seed, sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
+            found.a_block_amax, _operand(state, 1), found.a_amax, found.a_weight, _limit(columns), a_slot, a_scale,
+            a_inverse, a_seed, found.g_block_amax, _operand(state, 2), found.g_amax, found.g_weight, found.int_sums,
+            _INT32_LIMIT * 2.0**-31, g_slot, g_scale, g_inverse, g_seed, found.column_sums, dbias,
+            seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
             FALLBACK=fallback,
             **_select_sizes(block, blocks, max(row_blocks, column_blocks)),
         )  # fmt: skip
@@ -185,7 +269,7 @@ def quantize_row_gradient(
                 dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
                 input_scale, g_inverse, g_slot, g_seed, g_low, g_high if fallback else None,
                 rows, columns, *dy.stride(),
-                B=block, **_options("gradient_planes", block),
+                B=block, **options("gradient_planes", block),
             )  # fmt: skip
     return out
 
@@ -230,7 +314,7 @@ def quantize_block(
     block_amax, seed = new.int32(row_blocks, column_blocks), new.int32(1) if stochastic else None
     with _on(x):
         matrix_statistics[(blocks,)](
-            x, None, None, block_amax, rows, columns, *x.stride(), B=block, **_options("matrix_statistics", block)
+            x, None, None, block_amax, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
         )
         matrix_select[(row_blocks, 1)](
             block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, seed,
@@ -240,7 +324,7 @@ def quantize_block(
         block_planes[_parts("block_planes", blocks, block)](
             x, scale, slot, seed, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
-            B=block, **_options("block_planes", block),
+            B=block, **options("block_planes", block),
         )  # fmt: skip
     return low, low_t, high, high_t, slot, scale
 
@@ -317,7 +401,8 @@ def _on(x: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(x)
 
 
-def _options(kernel: str, block: int) -> dict:
+def options(kernel: str, block: int) -> dict:
+    """What ``kernel`` is launched with, for blocks of edge ``block``."""
     # The reference rounds after each multiplication and addition, which fused ones would not.
     return {**OPTIONS[kernel][block], "enable_fp_fusion": False}
 
