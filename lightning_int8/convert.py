@@ -19,6 +19,7 @@ from lightning_int8.names import matches, near, strip_wrappers
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport, LayerReport, Status
 from lightning_int8.sharing import share_inputs
+from lightning_int8.small_layers import MinFeatures, check_min_features, effective_features, least_features
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,6 +29,7 @@ def convert_to_int8(
     recipe: str | Int8Recipe | Mapping[str, Any] = "row",
     ignore_modules: Sequence[str] | None = None,
     device: torch.device | None = None,
+    min_features: MinFeatures = 0,
 ) -> ConversionReport:
     """Makes the ``nn.Linear`` layers of ``module`` compute in INT8, in place.
 
@@ -41,6 +43,9 @@ def convert_to_int8(
             a layer's or a parent's name, and may start anywhere in it: ``"lm_head"``, ``"layers.0"`` (not
             ``layers.01``), ``"layers.*.mlp"``, ``"*.router"``.
         device: Where the model will run, for the kernels that the report names; where its weights are when ``None``.
+        min_features: Leave a layer in full precision whose effective features, 2·K·N / (K + N) (a square layer's
+            width), are fewer. ``"auto"``: where ``lightning-int8-bench`` measured that layers begin to gain on the
+            device, see :mod:`lightning_int8.small_layers`.
 
     Returns:
         What was converted, what was not, and why.
@@ -57,6 +62,7 @@ def convert_to_int8(
             "class, parameters or state_dict."
         )
     recipe = resolve_recipe(recipe)
+    check_min_features(min_features)
     patterns = _checked_patterns(ignore_modules)
     names = _names_by_module(module)
     _check_patterns_match(patterns, [name for group in names.values() for name in group])
@@ -65,7 +71,7 @@ def convert_to_int8(
     rows: list[LayerReport] = []
     to_convert: list[nn.Linear] = []
     for child, aliases in names.items():
-        row = _report(child, aliases, recipe, patterns, tied, device)
+        row = _report(child, aliases, recipe, patterns, tied, device, min_features)
         if row is None:
             continue
         rows.append(row)
@@ -134,6 +140,7 @@ def _report(
     patterns: Sequence[str],
     tied: Mapping[int, list[str]],
     device: torch.device | None,
+    min_features: MinFeatures,
 ) -> LayerReport | None:
     """The entry of ``module``, or ``None`` if it is nothing like a linear layer."""
     if not isinstance(module, nn.Linear) and not _looks_linear(module):
@@ -161,7 +168,7 @@ def _report(
     elif ignored_by is not None:
         status, reason = "ignored", f"ignored by {ignored_by!r}"
     else:
-        reason = _why_not(module)
+        reason = _why_not(module) or _too_small(module, recipe, device, min_features)  # type: ignore[arg-type]
         status = "skipped" if reason else "converted"
     runs = status in ("converted", "already converted")
     return LayerReport(
@@ -191,6 +198,14 @@ def _why_not(module: nn.Module) -> str:
     if module.weight.dtype not in _WEIGHT_DTYPES:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not a real floating-point type"
     return ""
+
+
+def _too_small(linear: nn.Linear, recipe: Int8Recipe, device: torch.device | None, min_features: MinFeatures) -> str:
+    """Why ``linear`` would gain nothing; empty if it would."""
+    least, source = least_features(min_features, recipe, device or linear.weight.device)
+    if effective_features(linear.in_features, linear.out_features) >= least:
+        return ""
+    return f"too small to gain: 2·in·out / (in + out) is below {source}"
 
 
 def _looks_linear(module: nn.Module) -> bool:
@@ -223,8 +238,8 @@ def _nothing_converted(module: nn.Module, rows: Sequence[LayerReport]) -> str:
     shown = "; ".join(f"{row.name or 'the module itself'}: {row.reason}" for row in rows[:5])
     more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
     return head + (
-        f"none of its {len(rows)} linear layers qualifies ({shown}{more}). Narrow ignore_modules, or "
-        "train without INT8."
+        f"none of its {len(rows)} linear layers qualifies ({shown}{more}). Narrow ignore_modules, lower min_features, "
+        "or train without INT8."
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_int8.plugin_core import Int8PluginCore, OuterPrecision
 from lightning_int8.recipe import Int8Recipe
+from lightning_int8.small_layers import MinFeatures
 
 
 class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
@@ -34,10 +35,13 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         ignore_modules: Layers to keep in the outer precision, as globs over whole dotted segments of a layer's or a
             parent's name, anywhere in it, such as ``["lm_head", "layers.0"]``. With several models each must have a
             match for every pattern.
+        min_features: Layers whose effective features, 2·in·out / (in + out) (a square layer's width), are fewer than
+            this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
+            GPU; 0: none.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An unknown recipe or precision, or a recipe field out of range.
+        ValueError: An unknown recipe or precision, or a recipe field or ``min_features`` out of range.
     """
 
     _plugins = fabric_plugins
@@ -51,10 +55,11 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         recipe: str | dict[str, Any] | Int8Recipe = "row",
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
+        min_features: MinFeatures = 0,
     ) -> None:
         # "32-true" here: any scaler is made later, when it is known whether gradients are sharded and on what device.
         FSDPPrecision.__init__(self, "32-true")
-        self._init_core(recipe, precision, ignore_modules)
+        self._init_core(recipe, precision, ignore_modules, min_features)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it."""

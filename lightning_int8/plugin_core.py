@@ -20,6 +20,7 @@ from lightning_int8.convert import convert_to_int8
 from lightning_int8.names import near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
+from lightning_int8.small_layers import MinFeatures, check_min_features
 from lightning_int8.threshold import FallbackState, fallback_states, update_thresholds
 
 OuterPrecision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
@@ -42,6 +43,7 @@ class Int8PluginCore:
         recipe: str | Int8Recipe | Mapping[str, Any],
         precision: OuterPrecision,
         ignore_modules: Sequence[str] | None,
+        min_features: MinFeatures,
     ) -> None:
         if precision not in get_args(OuterPrecision):
             raise ValueError(
@@ -51,6 +53,7 @@ class Int8PluginCore:
         self.precision = precision
         self.recipe = resolve_recipe(recipe)
         self.ignore_modules = ignore_modules if ignore_modules is None else tuple(ignore_modules)
+        self.min_features = check_min_features(min_features)
         if isinstance(ignore_modules, str):
             raise TypeError(f"ignore_modules={ignore_modules!r} must be a list of patterns: [{ignore_modules!r}].")
         self.scaler: Any = None
@@ -68,7 +71,8 @@ class Int8PluginCore:
 
     def __repr__(self) -> str:
         ignored = "" if not self.ignore_modules else f", ignore_modules={list(self.ignore_modules)!r}"
-        return f"{type(self).__name__}(recipe={self.recipe.describe()!r}, precision={self.precision!r}{ignored})"
+        least = "" if not self.min_features else f", min_features={self.min_features!r}"
+        return f"{type(self).__name__}(recipe={self.recipe.describe()!r}, precision={self.precision!r}{ignored}{least})"
 
     # conversion
 
@@ -76,7 +80,7 @@ class Int8PluginCore:
         # Lightning converts before it moves the model.
         trainer = getattr(module, "_trainer", None)
         device = None if trainer is None else trainer.strategy.root_device
-        report = convert_to_int8(module, self.recipe, self.ignore_modules, device)
+        report = convert_to_int8(module, self.recipe, self.ignore_modules, device, self.min_features)
         self.report = report
         self._stepped_states = None
         if all(module is not known for known in self._modules):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_int8.plugin_core import Int8PluginCore, OuterPrecision, clip_grad_norm, clip_grad_value
 from lightning_int8.recipe import Int8Recipe
+from lightning_int8.small_layers import MinFeatures
 
 
 class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
@@ -41,10 +42,13 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         ignore_modules: Layers to keep in the outer precision, as globs over whole dotted segments of a layer's or a
             parent's name, anywhere in it, such as ``["lm_head", "layers.0", "layers.*.router"]``. A pattern that
             matches nothing is an error.
+        min_features: Layers whose effective features, 2·in·out / (in + out) (a square layer's width), are fewer than
+            this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
+            GPU; 0: none.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An unknown recipe or precision, or a recipe field out of range.
+        ValueError: An unknown recipe or precision, or a recipe field or ``min_features`` out of range.
     """
 
     _plugins = trainer_plugins
@@ -58,10 +62,11 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         recipe: str | dict[str, Any] | Int8Recipe = "row",
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
+        min_features: MinFeatures = 0,
     ) -> None:
         # "32-true" here: any scaler is made later, when it is known whether gradients are sharded and on what device.
         FSDPPrecision.__init__(self, "32-true")
-        self._init_core(recipe, precision, ignore_modules)
+        self._init_core(recipe, precision, ignore_modules, min_features)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it. Lightning calls this on every fit, validate, test and predict.

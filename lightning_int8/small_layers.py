@@ -1,0 +1,60 @@
+"""Which linear layers are too small to gain from INT8, by their shape and the GPU.
+
+A layer's GEMMs cost time in proportion to M·K·N and its quantization to M·(K + N), over M tokens. So INT8 saves time
+where K·N / (K + N) is large, whatever M: where the harmonic mean of K and N, for a square layer its width, passes a
+threshold that depends on the GPU and the scaling.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from lightning_int8.recipe import Int8Recipe
+
+MinFeatures = int | Literal["auto"]
+
+# Least effective features by compute capability and scaling: measured with `lightning-int8-bench` over 16,384 tokens,
+# BF16, a fifth of the blocks falling back. Fewer tokens leave the GPU partly idle and move it up.
+MEASURED: dict[tuple[int, int], dict[str, int]] = {}
+# For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
+UNMEASURED = 8192
+
+
+def effective_features(in_features: int, out_features: int) -> float:
+    """The harmonic mean of a layer's features: the width of the square layer that gains as much."""
+    return 2 * in_features * out_features / (in_features + out_features)
+
+
+def check_min_features(min_features: MinFeatures) -> MinFeatures:
+    """Returns it.
+
+    Raises:
+        ValueError: It is neither ``"auto"`` nor an integer of at least 0.
+    """
+    if min_features == "auto":
+        return min_features
+    if isinstance(min_features, bool) or not isinstance(min_features, int) or min_features < 0:
+        raise ValueError(
+            f"min_features={min_features!r} must be 'auto' or an integer of at least 0, such as 2048; 0 converts "
+            "layers of any size."
+        )
+    return min_features
+
+
+def least_features(min_features: MinFeatures, recipe: Int8Recipe, device: torch.device) -> tuple[int, str]:
+    """The least effective features of a layer to convert, and where that number is from.
+
+    On anything but a CUDA device ``"auto"`` is 0: there INT8 is not for speed.
+    """
+    if min_features != "auto":
+        return min_features, f"min_features={min_features}"
+    if device.type != "cuda":
+        return 0, f"min_features='auto' on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"sm_{capability[0]}{capability[1]}"
+    measured = MEASURED.get(capability, {}).get(recipe.scaling) if recipe.block_size == 128 else None
+    if measured is None:
+        return UNMEASURED, f"min_features='auto', {UNMEASURED} where nothing was measured ({name}, {recipe.describe()})"
+    return measured, f"min_features='auto', {measured} on {name}"
