@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
@@ -41,11 +42,13 @@ class LlamaModule(L.LightningModule):
 
     Args:
         config: The decoder's shape.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate.
         weight_decay: Weight decay of the linears' matrices; norms and embeddings have none.
-        betas: AdamW's momentum coefficients.
+        betas: The optimizer's momentum coefficients.
         warmup_steps: Optimizer steps over which the learning rate rises.
         min_learning_rate_fraction: Where the cosine ends, as a fraction of ``learning_rate``.
+        optimizer: AdamW, or another class that takes its parameters, ``lr`` and ``betas``, such as
+            ``torchao.optim.AdamW8bit`` or ``bitsandbytes.optim.AdamW8bit``.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class LlamaModule(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 20,
         min_learning_rate_fraction: float = 0.1,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
     ) -> None:
         super().__init__()
         if isinstance(config, Mapping):
@@ -65,6 +69,7 @@ class LlamaModule(L.LightningModule):
         if warmup_steps < 0:
             raise ValueError(f"LlamaModule: warmup_steps={warmup_steps!r} must be at least 0.")
         self.config = config
+        self.optimizer = optimizer
         # Plain types, so that a checkpoint needs no class of this file to be read.
         self.save_hyperparameters(
             {
@@ -112,9 +117,9 @@ class LlamaModule(L.LightningModule):
         return self.model.generate(tokens, max_new_tokens, **kwargs)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with linear warm-up and cosine decay over the Trainer's steps."""
+        """The optimizer with linear warm-up and cosine decay over the Trainer's steps."""
         hparams = self.hparams
-        optimizer = torch.optim.AdamW(
+        optimizer = self.optimizer(
             parameter_groups(self, hparams["weight_decay"]), lr=hparams["learning_rate"], betas=tuple(hparams["betas"])
         )
         total_steps = int(self.trainer.estimated_stepping_batches)

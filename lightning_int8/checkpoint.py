@@ -86,10 +86,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self,
         path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
+        map_location: Callable[..., Any] | str | None = "cpu",
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Verifies the file, then loads it.
+
+        To the CPU by its name: Lightning's default, a function that does the same, is refused by ``torch.load`` for the
+        states of torchao's optimizers.
 
         Raises:
             FileNotFoundError: There is no such file.
