@@ -1,0 +1,256 @@
+"""What each quantization method costs each linear of a model in accuracy, on one real batch.
+
+A forward and backward in the model's own precision gives every linear its X and dY; right there, each method computes
+Y, dX and dW again from them, and is compared with float32. A second forward a method, with all linears replaced, gives
+the divergence of the model's predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_int8.float8 import float8_linear
+from lightning_int8.functional import int8_linear
+from lightning_int8.kernels.reference import block_amax
+from lightning_int8.linear import Int8Linear, is_plain_linear
+from lightning_int8.names import matches, strip_wrappers
+from lightning_int8.recipe import NO_FALLBACK, PRESETS, Int8Recipe
+
+Method = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+GEMMS = ("y", "dx", "dw")
+# Below this ratio of the 99th percentile to the median, block AbsMax values are all alike.
+OUTLIER_RATIO = 2.0
+
+
+def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True) -> dict[str, Method]:
+    """What to compare: differentiable functions of X, W and bias, by name.
+
+    Args:
+        recipes: INT8 recipes by name; the presets, and ``row`` and ``block`` without fallback, when ``None``.
+        float8: Whether to add torchao's two FP8 recipes, emulated.
+    """
+    if recipes is None:
+        recipes = dict(PRESETS)
+        for name in ("row", "block"):
+            recipes[f"{name}, no fallback"] = dataclasses.replace(
+                PRESETS[name], activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
+            )
+    found: dict[str, Method] = {name: partial(int8_linear, recipe=recipe) for name, recipe in recipes.items()}
+    if float8:
+        found["float8 rowwise"] = partial(float8_linear, scaling="rowwise")
+        found["float8 tensorwise"] = partial(float8_linear, scaling="tensorwise")
+    return found
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """How the AbsMax of a matrix's blocks is spread.
+
+    Attributes:
+        ratio: 99th percentile over median.
+        kind: ``"none"`` (ratio below 2), ``"channel-wise"`` or ``"token-wise"`` where columns or rows of blocks explain
+            most of the variance of log AbsMax, else ``"diffuse"``.
+    """
+
+    ratio: float
+    kind: str
+
+
+@dataclass
+class LinearProbe:
+    """One linear.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Tokens M, in-features K and out-features N of the batch.
+        x: Outliers of the input.
+        dy: Outliers of the output's gradient.
+        sqnr: By method, the SQNR of Y, dX and dW against float32, in dB (NaN where an operand is all zeros).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    x: Outliers
+    dy: Outliers
+    sqnr: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class ProbeResult:
+    """What :func:`probe` measured.
+
+    Attributes:
+        linears: One entry a linear, in the order of the model's modules.
+        kl: By method, the mean over positions of KL(full precision ‖ method) of the predictions, in nats.
+        top1: By method, the share of positions whose likeliest class is that of full precision.
+    """
+
+    linears: list[LinearProbe]
+    kl: dict[str, float]
+    top1: dict[str, float]
+
+    def column(self, method: str, gemm: str) -> Tensor:
+        """SQNR of all linears, float64 ``[linears]``."""
+        return torch.tensor([row.sqnr[method][GEMMS.index(gemm)] for row in self.linears], dtype=torch.float64)
+
+
+def probe(
+    model: nn.Module,
+    step: Callable[[], Tensor],
+    compared: Mapping[str, Method] | None = None,
+    ignore_modules: Sequence[str] = (),
+    block_size: int = 128,
+) -> ProbeResult:
+    """Measures every ``nn.Linear`` of ``model`` that a forward calls.
+
+    Args:
+        model: The model, not converted, on its device; its gradients are used up.
+        step: Runs the model on the batch, under whatever autocast it trains with, and returns the loss.
+        compared: See :func:`methods`.
+        ignore_modules: Patterns of linears to leave out, as in :func:`lightning_int8.convert_to_int8`.
+        block_size: Of the outlier statistics.
+
+    Raises:
+        ValueError: The model holds INT8 layers, or no linear is left.
+    """
+    compared = methods() if compared is None else compared
+    linears = _linears(model, ignore_modules)
+    found: dict[str, LinearProbe] = {}
+    with _predictions(model) as predictions:
+        with _hooks(
+            linears, lambda name, linear, x, y: _measure_later(found, name, linear, x, y, compared, block_size)
+        ):
+            step().backward()
+        model.zero_grad(set_to_none=True)
+        full = predictions[-1]
+        kl, top1 = {}, {}
+        for method_name, method in compared.items():
+            with torch.no_grad(), _hooks(linears, lambda _, linear, x, y, m=method: m(x, linear.weight, linear.bias)):
+                step()
+            kl[method_name], top1[method_name] = _divergence(full, predictions[-1])
+    rows = [found[name] for name in linears if name in found]
+    if not rows:
+        raise ValueError(f"No gradient reached any of the {len(linears)} linears: does the step train the model?")
+    return ProbeResult(rows, kl, top1)
+
+
+def _linears(model: nn.Module, ignore_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    linears: dict[str, nn.Linear] = {}
+    for name, child in model.named_modules():
+        if isinstance(child, Int8Linear):
+            raise ValueError(f"{name!r} is an INT8 layer; probe the model before it is converted.")
+        name = strip_wrappers(name)
+        if is_plain_linear(child) and not any(matches(pattern, name) for pattern in ignore_modules):
+            linears[name] = child  # type: ignore[assignment]
+    if not linears:
+        raise ValueError(f"No nn.Linear to probe in {type(model).__name__} besides {list(ignore_modules)}.")
+    return linears
+
+
+@contextmanager
+def _hooks(linears: Mapping[str, nn.Linear], hook: Callable[..., Any]) -> Iterator[None]:
+    """Calls ``hook(name, linear, x, y)`` after each linear's forward; what it returns takes the place of ``y``."""
+    handles = [
+        linear.register_forward_hook(lambda module, args, y, name=name: hook(name, module, args[0], y))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _predictions(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The output of the linear that a forward calls last, which is the head of any model with a softmax."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, y: Tensor) -> None:
+        outputs[:] = [y.detach()]
+
+    handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _measure_later(
+    found: dict[str, LinearProbe],
+    name: str,
+    linear: nn.Linear,
+    x: Tensor,
+    y: Tensor,
+    compared: Mapping[str, Method],
+    block_size: int,
+) -> None:
+    x = x.detach()
+
+    def measure(dy: Tensor) -> None:
+        # y's dtype is autocast's, which is what the linear computed in.
+        found[name] = _measure(name, linear, x.to(y.dtype), dy.detach(), compared, block_size)
+
+    if y.requires_grad:
+        y.register_hook(measure)
+
+
+def _measure(
+    name: str, linear: nn.Linear, x: Tensor, dy: Tensor, compared: Mapping[str, Method], block_size: int
+) -> LinearProbe:
+    # Float32 in and out, or the outputs' rounding to BF16 would bound what can be seen.
+    x, dy, weight = x.flatten(0, -2).float(), dy.flatten(0, -2).float(), linear.weight.detach().float()
+    exact = (x @ weight.t(), dy @ weight, dy.t() @ x)
+    row = LinearProbe(name, (*x.shape, len(weight)), outliers(x, block_size), outliers(dy, block_size))
+    for method_name, method in compared.items():
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            y = method(a, w, None)
+            dx, dw = torch.autograd.grad(y, (a, w), dy)
+        row.sqnr[method_name] = tuple(  # type: ignore[assignment]
+            _sqnr(want, got) for want, got in zip(exact, (y.detach(), dx, dw), strict=True)
+        )
+    return row
+
+
+def _sqnr(want: Tensor, got: Tensor) -> float:
+    """Signal over quantization noise, in dB."""
+    noise = (want.double() - got.double()).square().mean()
+    return float(10 * torch.log10(want.double().square().mean() / noise))
+
+
+def outliers(x: Tensor, block_size: int) -> Outliers:
+    """Statistics of the block AbsMax of ``x [R, Q]``."""
+    amax = block_amax(x, block_size).double()
+    ratio = float(amax.quantile(0.99) / amax.median())
+    log = amax.clamp_min(1e-30).log()
+    variance = log.var(correction=0)
+    if not ratio >= OUTLIER_RATIO or variance == 0:
+        return Outliers(ratio, "none")
+    by_column, by_row = (log.mean(axis).var(correction=0) / variance for axis in (0, 1))
+    if max(by_column, by_row) < 0.5:
+        return Outliers(ratio, "diffuse")
+    return Outliers(ratio, "channel-wise" if by_column >= by_row else "token-wise")
+
+
+def _divergence(full: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean KL divergence of the softmax over the last axis, and agreement of the likeliest class."""
+    full, other = full.flatten(0, -2), other.flatten(0, -2)
+    total = agree = 0.0
+    # A few rows at a time: logits of a large vocabulary in float32 are large.
+    for want, got in zip(full.split(1024), other.split(1024), strict=True):
+        total += float(
+            F.kl_div(got.float().log_softmax(-1), want.float().log_softmax(-1), log_target=True, reduction="sum")
+        )
+        agree += float((want.argmax(-1) == got.argmax(-1)).sum())
+    return total / len(full), agree / len(full)

@@ -1,0 +1,155 @@
+"""`lightning-int8-probe`: which recipe a model bears, measured on a checkpoint and a batch of its data.
+
+    lightning-int8-probe --config config.yaml --ckpt last.ckpt
+    lightning-int8-probe --ckpt path/to/transformers-model --data notes/
+
+The config is that of the training (`LightningCLI` leaves it beside the logs): its model and data are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lightning_int8.probe import ProbeResult, probe
+from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv
+
+Step = Callable[[], Tensor]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-int8-probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint, state dict or transformers folder")
+    parser.add_argument("--config", type=Path, help="LightningCLI YAML with model and data; not for transformers")
+    parser.add_argument("--data", help="text file or folder; with --config it replaces data.init_args.path")
+    parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="linears to leave out (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="sequences of the batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a sequence, transformers (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    parser.add_argument("--output", type=Path, default=Path("runs/probe"), help="folder of the results (%(default)s)")
+    arguments = parser.parse_args(argv)
+    if not arguments.ckpt.exists():
+        parser.error(f"--ckpt={arguments.ckpt} does not exist.")
+    if arguments.samples < 1 or arguments.length < 1:
+        parser.error(f"--samples={arguments.samples} and --length={arguments.length} must be at least 1.")
+    if arguments.ckpt.is_dir():
+        if arguments.data is None:
+            parser.error("a transformers folder needs --data, a text file or a folder of them.")
+    elif arguments.config is None:
+        parser.error(f"--ckpt={arguments.ckpt} is a file: --config must name the YAML it was trained with.")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> ProbeResult:
+    """Runs the command and returns what it measured."""
+    from rich.console import Console
+
+    # As `python -m` does: a console script otherwise sees only installed packages.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    arguments = parse_arguments(argv)
+    model, step = _from_transformers(arguments) if arguments.ckpt.is_dir() else _from_config(arguments)
+    # Dropout would differ between the passes that are compared.
+    model.eval()
+    console = Console()
+    with console.status("Probing …"):
+        result = probe(model, step, ignore_modules=arguments.ignore)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_csv(result, arguments.output / "probe.csv")
+    draw(result, arguments.output / "probe.png")
+    console.print(outlier_table(result))
+    console.print(summary_table(result))
+    console.print(f"{arguments.output}: probe.csv  probe.png", highlight=False)
+    return result
+
+
+def _autocast(device: torch.device) -> Any:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _from_config(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """The model and a training step of the config, on the first batch of its held-out data."""
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentParser
+
+    config = {
+        key: value for key, value in yaml.safe_load(arguments.config.read_text()).items() if key in ("model", "data")
+    }
+    for key in ("model", "data"):
+        if "class_path" not in (config.get(key) or {}):
+            raise SystemExit(f"--config={arguments.config} names no {key}: it needs {key}.class_path.")
+    if arguments.data is not None:
+        config["data"].setdefault("init_args", {})["path"] = arguments.data
+    config["data"].setdefault("init_args", {})["batch_size"] = arguments.samples
+    parser = ArgumentParser(parser_mode="omegaconf")
+    parser.add_subclass_arguments(pl.LightningModule, "model")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    made = parser.instantiate_classes(parser.parse_object(config))
+    device = torch.device(arguments.device)
+    saved = torch.load(arguments.ckpt, map_location="cpu", weights_only=False)
+    module = made.model
+    module.load_state_dict(saved.get("state_dict", saved))
+    module.to(device)
+    made.data.prepare_data()
+    made.data.setup("validate")
+    batch = next(iter(made.data.val_dataloader()))
+    batch = module.transfer_batch_to_device(batch, device, 0)
+
+    def step() -> Tensor:
+        with _autocast(device):
+            loss = module.training_step(batch, 0)
+        return loss["loss"] if isinstance(loss, dict) else loss
+
+    return module, step
+
+
+def _from_transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """A causal language model of transformers and its loss on the beginning of the text."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise SystemExit("A transformers folder needs transformers: pip install transformers.") from None
+    device = torch.device(arguments.device)
+    model = AutoModelForCausalLM.from_pretrained(arguments.ckpt, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.ckpt)
+    ids = torch.tensor(tokenizer(_text(Path(arguments.data)), return_attention_mask=False)["input_ids"])
+    samples = min(arguments.samples, len(ids) // arguments.length)
+    if samples == 0:
+        raise SystemExit(f"--data={arguments.data} has {len(ids)} tokens, fewer than --length={arguments.length}.")
+    batch = ids[: samples * arguments.length].view(samples, -1).to(device)
+
+    def step() -> Tensor:
+        with _autocast(device):
+            return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    return model, step
+
+
+def _text(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, OSError) as error:
+            if path.is_file():
+                raise SystemExit(f"--data={path} is not readable UTF-8 text: {error}") from None
+    if not texts:
+        raise SystemExit(f"--data={path} holds no readable UTF-8 text.")
+    return "\n".join(texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The probe: its SQNR, outlier kinds and divergence on models and matrices whose answers are known; the command."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.llama import Llama, LlamaConfig
+from examples.model import LlamaModule
+from lightning_int8 import convert_to_int8
+from lightning_int8.float8 import float8_linear, round_to_float8
+from lightning_int8.probe import GEMMS, methods, outliers, probe
+from lightning_int8.probe_cli import main, parse_arguments
+
+SMALL = LlamaConfig(vocab_size=384, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=160, max_seq_len=64)
+
+
+def loss_of(model: Llama, seed: int = 0) -> Tensor:
+    ids = torch.randint(SMALL.vocab_size, (4, 65), generator=torch.Generator().manual_seed(seed))
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_sqnr_against_noise_of_a_known_size():
+    """Y with 1 % of noise is 40 dB; dX and dW of an exact linear have none but float32's."""
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+
+    def noisy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        return y + 0.01 * y.detach().square().mean().sqrt() * noise
+
+    result = probe(model, lambda: loss_of(model), {"exact": F.linear, "noisy": noisy}, ["lm_head"])
+    assert [row.name for row in result.linears] == [
+        f"layers.{i}.{part}"
+        for i in range(2)
+        for part in (*(f"attention.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
+    ]
+    assert result.linears[0].shape == (4 * 64, 64, 64)
+    assert result.column("exact", "y").min() > 120
+    torch.testing.assert_close(result.column("noisy", "y"), torch.full((14,), 40.0).double(), rtol=0, atol=0.5)
+    assert result.column("noisy", "dw").min() > 120
+    assert result.kl["exact"] == pytest.approx(0.0, abs=1e-9)
+    assert result.top1["exact"] == 1.0
+    assert result.kl["noisy"] > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_int8_by_rows_beats_fp8_and_blocks_on_bell_shaped_values():
+    torch.manual_seed(0)
+    model = Llama(SMALL)
+    result = probe(model, lambda: loss_of(model), ignore_modules=["lm_head"])
+    assert set(result.kl) == set(methods())
+    for gemm in GEMMS:
+        # 3 bits of mantissa on both operands: 28.5 dB; 7 bits and a sign below the AbsMax: 38 and more.
+        assert 27 < result.column("float8 rowwise", gemm).median() < 30, gemm
+        assert result.column("row", gemm).median() > result.column("float8 rowwise", gemm).median() + 5, gemm
+        assert result.column("row", gemm).median() > result.column("row, no fallback", gemm).median() - 0.5, gemm
+    # E5M2 has one bit less for dY.
+    assert result.column("float8 tensorwise", "dx").median() < result.column("float8 rowwise", "dx").median() - 2
+    assert result.kl["row"] < result.kl["float8 rowwise"]
+
+
+def test_float8_rounding():
+    x = torch.tensor([[1.0, 1.03, -448.0], [0.0, 0.0, 0.0]])
+    assert round_to_float8(x, torch.float8_e4m3fn, True).tolist() == [[1.0, 1.0, -448.0], [0.0, 0.0, 0.0]]
+    # A power of 2 as the scale leaves numbers of few bits as they are.
+    y = torch.tensor([[3.0, 5.5, 0.875]])
+    assert torch.equal(round_to_float8(y, torch.float8_e4m3fn, True), y)
+    assert not torch.equal(round_to_float8(y / 3, torch.float8_e4m3fn, False) * 3, y)
+
+
+def test_float8_linear_under_autocast_and_with_a_bias():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 8, 32), torch.randn(16, 32), torch.randn(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = float8_linear(x, weight, bias, "rowwise")
+    assert y.dtype == torch.bfloat16
+    want = F.linear(x, weight, bias)
+    assert (y.float() - want).norm() / want.norm() < 0.06
+
+
+def test_outlier_kinds():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 512, generator=generator)
+    assert outliers(x, 32).kind == "none"
+    column, row, spots = x.clone(), x.clone(), x.clone()
+    column[:, 40] *= 100
+    row[70] *= 100
+    spots[torch.randint(512, (40,), generator=generator), torch.randint(512, (40,), generator=generator)] = 300.0
+    assert outliers(column, 32).kind == "channel-wise"
+    assert outliers(row, 32).kind == "token-wise"
+    assert outliers(spots, 32).kind == "diffuse"
+    assert outliers(column, 32).ratio > 20
+
+
+def test_what_cannot_be_probed():
+    model = Llama(SMALL)
+    with pytest.raises(ValueError, match="No nn\\.Linear"):
+        probe(model, lambda: loss_of(model), ignore_modules=["layers", "lm_head"])
+    with torch.no_grad():
+        frozen = model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        probe(frozen, lambda: loss_of(frozen))
+    converted = Llama(SMALL)
+    convert_to_int8(converted)
+    with pytest.raises(ValueError, match="before it is converted"):
+        probe(converted, lambda: loss_of(converted))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of the example's module, and the config that made it."""
+    module = LlamaModule(config=SMALL)
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": L.__version__}, file)
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(" ".join(str(i * j % 97) for j in range(600)))
+    config = {
+        "trainer": {"max_steps": 1},
+        "ckpt_path": None,
+        "model": {
+            "class_path": "examples.model.LlamaModule",
+            "init_args": {"config": dataclasses.asdict(SMALL)},
+        },
+        "data": {
+            "class_path": "examples.data.TextDataModule",
+            "init_args": {
+                "path": "/nowhere", "sequence_length": 64, "vocab_size": 300, "val_fraction": 0.3,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return file, tmp_path / "config.yaml", text
+
+
+def test_command_on_a_checkpoint(checkpoint, tmp_path, capsys):
+    file, config, text = checkpoint
+    out = tmp_path / "out"
+    arguments = ["--ckpt", file, "--config", config, "--data", text, "--device", "cpu", "--output", out]
+    result = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr().out
+    assert "float8 rowwise" in printed
+    assert "down_proj" in printed
+    with open(out / "probe.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 14 * len(methods())
+    first = rows[0]
+    assert first["linear"] == "model.layers.0.attention.q_proj"
+    assert float(first["sqnr_y_db"]) == pytest.approx(result.linears[0].sqnr[first["method"]][0], abs=0.01)
+    assert (out / "probe.png").stat().st_size > 10_000
+
+
+def test_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys):
+    file, _, _ = checkpoint
+    for arguments, message in (
+        (["--ckpt", tmp_path / "none.ckpt"], "does not exist"),
+        (["--ckpt", file], "--config must name"),
+        (["--ckpt", tmp_path], "needs --data"),
+        (["--ckpt", file, "--samples", 0], "must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments([str(argument) for argument in arguments])
+        assert message in capsys.readouterr().err
