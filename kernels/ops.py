@@ -6,12 +6,37 @@ runs it, a fake implementation for tracing, and, for GEMMs, a FLOP formula. Oper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
+
+_library = torch.library.Library("lightning_int8", "DEF")
+
+
+def _define(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Makes a function the op ``lightning_int8::name``, with the schema that its annotations say.
+
+    ``torch.library.custom_op`` would do the same with four Python frames around each call for autograd, which these ops
+    are never differentiated by; small models are bound by such host time.
+    """
+
+    def define(function: Callable[..., Any]) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.lightning_int8, name).default
+
+    return define
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"lightning_int8::{name}", lib=_library)
 
 
 def _may_count() -> bool:
@@ -23,7 +48,7 @@ def _may_count() -> bool:
     return torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled()
 
 
-@torch.library.custom_op("lightning_int8::quantize_row", mutates_args=("state",))
+@_define("quantize_row", mutates=["state"])
 def quantize_row(
     x: Tensor,
     state: Tensor | None,
@@ -40,7 +65,7 @@ def quantize_row(
     return backends.load(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
 
 
-@quantize_row.register_fake
+@_fake("quantize_row")
 def _(x, state, operand, seed_rate, capacity, block, update, transpose, backend):
     rows, columns = x.shape
     low = x.new_empty(rows, padded(columns, block), dtype=torch.int8)
@@ -52,7 +77,7 @@ def _(x, state, operand, seed_rate, capacity, block, update, transpose, backend)
     return low, low_t, high, high_t, slot, scale, torch.empty_like(scale)
 
 
-@torch.library.custom_op("lightning_int8::quantize_row_gradient", mutates_args=("state",))
+@_define("quantize_row_gradient", mutates=["state"])
 def quantize_row_gradient(
     dy: Tensor,
     weight_scale: Tensor | None,
@@ -73,7 +98,7 @@ def quantize_row_gradient(
     )
 
 
-@quantize_row_gradient.register_fake
+@_fake("quantize_row_gradient")
 def _(
     dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias, backend
 ):
@@ -92,7 +117,7 @@ def _(
     return (*out, dy.new_empty(features if bias else 0, dtype=torch.float32))
 
 
-@torch.library.custom_op("lightning_int8::quantize_block", mutates_args=("state",))
+@_define("quantize_block", mutates=["state"])
 def quantize_block(
     x: Tensor,
     state: Tensor | None,
@@ -112,7 +137,7 @@ def quantize_block(
     )
 
 
-@quantize_block.register_fake
+@_fake("quantize_block")
 def _(x, state, operand, seed_rate, capacity, block, update, transpose, stochastic, backend):
     rows, columns = x.shape
     blocks = blocks_along(rows, block), blocks_along(columns, block)
@@ -137,8 +162,8 @@ def _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, de
     )
 
 
-def _gemm_op(name: str) -> torch.library.CustomOpDef:
-    @torch.library.custom_op(f"lightning_int8::{name}", mutates_args=())
+def _gemm_op(name: str) -> torch._ops.OpOverload:
+    @_define(name)
     def op(
         a_low: Tensor,
         a_high: Tensor | None,
@@ -157,7 +182,7 @@ def _gemm_op(name: str) -> torch.library.CustomOpDef:
         a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
         return getattr(backends.load(backend), name)(a, b, bias, out_dtype)
 
-    op.register_fake(_gemm_fake)
+    _fake(name)(_gemm_fake)
     return op
 
 
@@ -190,7 +215,7 @@ def _flat(a: QuantizedMatrix) -> tuple[Tensor, Tensor | None, Tensor | None, Ten
     return a.low, a.high, a.slot, a.scale
 
 
-@torch.library.custom_op("lightning_int8::split_outlier_columns", mutates_args=())
+@_define("split_outlier_columns")
 def split_outlier_columns(x: Tensor, weight: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """LLM.int8()'s decomposition (arXiv 2208.07339): columns of X with outliers are multiplied in X's own dtype.
 
@@ -211,6 +236,6 @@ def split_outlier_columns(x: Tensor, weight: Tensor, threshold: float) -> tuple[
     return plain, x[:, columns] @ weight[:, columns].to(x.dtype).t()
 
 
-@split_outlier_columns.register_fake
+@_fake("split_outlier_columns")
 def _(x, weight, threshold):
     return torch.empty_like(x), x.new_empty(x.shape[0], weight.shape[0])
