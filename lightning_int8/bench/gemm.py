@@ -24,23 +24,30 @@ BLOCK = 128
 CORNER = 256
 # Lowest SQNR in dB of an output's corners against the reference.
 EXACT = {"row": math.inf, "block": 40.0}
-PEERS = ("fp8-rowwise", "fp8-tensorwise", "int8-torch")
 
 
-def operand(rows: int, depth: int, rate: float, scaling: str, scaled: bool) -> QuantizedMatrix:
+def peers(device: torch.device) -> tuple[str, ...]:
+    """PyTorch's own 8-bit products that run on ``device``."""
+    if device.type != "cuda":
+        return ()
+    fp8 = ("fp8-rowwise", "fp8-tensorwise") if torch.cuda.get_device_capability(device) >= (8, 9) else ()
+    return (*fp8, "int8-torch")
+
+
+def operand(rows: int, depth: int, rate: float, scaling: str, scaled: bool, device: torch.device) -> QuantizedMatrix:
     """A random ``[rows, depth]`` with a fraction ``rate`` of fallback blocks."""
     shape = blocks_along(rows, BLOCK), blocks_along(depth, BLOCK)
-    low = torch.zeros(rows, shape[1] * BLOCK, dtype=torch.int8, device="cuda")
+    low = torch.zeros(rows, shape[1] * BLOCK, dtype=torch.int8, device=device)
     low[:, :depth] = (
-        torch.empty(rows, depth, dtype=torch.float16, device="cuda").normal_(0, 32).round_().clamp_(-127, 127)
+        torch.empty(rows, depth, dtype=torch.float16, device=device).normal_(0, 32).round_().clamp_(-127, 127)
     )
     high = slot = scale = None
     if rate:
-        mask = torch.rand(shape, device="cuda") < rate
+        mask = torch.rand(shape, device=device) < rate
         slot = (mask.flatten().cumsum(0).view(shape) - 1).where(mask, -1).to(torch.int32)
-        high = torch.randint(-3, 4, (int(mask.sum()) + 1, BLOCK, BLOCK), dtype=torch.int8, device="cuda")
+        high = torch.randint(-3, 4, (int(mask.sum()) + 1, BLOCK, BLOCK), dtype=torch.int8, device=device)
     if scaling == "block" or scaled:
-        scale = torch.rand(shape if scaling == "block" else rows, device="cuda") * 1e-2
+        scale = torch.rand(shape if scaling == "block" else rows, device=device) * 1e-2
     return QuantizedMatrix(low, high, slot, scale, (rows, depth), BLOCK)
 
 
@@ -71,41 +78,41 @@ def check(out: Tensor, a: QuantizedMatrix, b: QuantizedMatrix, scaling: str) -> 
                 raise AssertionError(f"{scaling} {a.size}x{b.size} at ({i}, {j}): SQNR {sqnr:.1f} dB")
 
 
-def bf16(name: str, rows: int, columns: int, depth: int) -> Callable[[], Tensor]:
+def bf16(name: str, rows: int, columns: int, depth: int, device: torch.device) -> Callable[[], Tensor]:
     """The BF16 product of cuBLAS on the operands as autograd has them."""
-    a = torch.randn((depth, rows) if name == "wgrad" else (rows, depth), device="cuda", dtype=torch.bfloat16)
-    b = torch.randn((columns, depth) if name == "forward" else (depth, columns), device="cuda", dtype=torch.bfloat16)
+    a = torch.randn((depth, rows) if name == "wgrad" else (rows, depth), device=device, dtype=torch.bfloat16)
+    b = torch.randn((columns, depth) if name == "forward" else (depth, columns), device=device, dtype=torch.bfloat16)
     a = a.t() if name == "wgrad" else a
     b = b.t() if name == "forward" else b
     return lambda: a @ b
 
 
 def ours(
-    name: str, rows: int, columns: int, depth: int, scaling: str, rate: float, backend: str
+    name: str, rows: int, columns: int, depth: int, scaling: str, rate: float, backend: str, device: torch.device
 ) -> Callable[[], Tensor]:
     """One of this package's products, after it has been checked; the wgrad has fallback blocks on both operands.
 
     Raises:
         AssertionError: The product is wrong.
     """
-    a = operand(rows, depth, rate, scaling, True)
-    b = operand(columns, depth, rate if name == "wgrad" else 0.0, scaling, name == "forward")
+    a = operand(rows, depth, rate, scaling, True, device)
+    b = operand(columns, depth, rate if name == "wgrad" else 0.0, scaling, name == "forward", device)
     run = functools.partial(getattr(backends.load(backend), f"gemm_{scaling}"), a, b, None, torch.bfloat16)
     check(run(), a, b, scaling)
     return run
 
 
-def peer(name: str, rows: int, columns: int, depth: int) -> Callable[[], Tensor]:
+def peer(name: str, rows: int, columns: int, depth: int, device: torch.device) -> Callable[[], Tensor]:
     """PyTorch's product of the kernels that torchao calls; both operands contiguous along the contraction."""
     if name == "int8-torch":
-        a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, device="cuda")
-        b = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device="cuda")
+        a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, device=device)
+        b = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device=device)
         return lambda: torch._int_mm(a, b.t())
-    a = torch.randn(rows, depth, device="cuda").to(torch.float8_e4m3fn)
-    b = torch.randn(columns, depth, device="cuda").to(torch.float8_e4m3fn)
+    a = torch.randn(rows, depth, device=device).to(torch.float8_e4m3fn)
+    b = torch.randn(columns, depth, device=device).to(torch.float8_e4m3fn)
     rowwise = name == "fp8-rowwise"
-    scale_a = torch.ones((rows, 1) if rowwise else (), device="cuda")
-    scale_b = torch.ones((1, columns) if rowwise else (), device="cuda")
+    scale_a = torch.ones((rows, 1) if rowwise else (), device=device)
+    scale_b = torch.ones((1, columns) if rowwise else (), device=device)
     return lambda: torch._scaled_mm(
         a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
     )
@@ -120,6 +127,7 @@ def measure(
     rates: Sequence[float],
     peers: Sequence[str],
     backend: str,
+    device: torch.device,
     peak: Peak | None,
     bandwidth: float,
 ) -> dict[str, Any]:
@@ -131,14 +139,14 @@ def measure(
         peers; ``error`` if it did not run or was wrong.
     """
     rows, columns, depth = products(tokens, k, n)[name]
-    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {"bf16": lambda: bf16(name, rows, columns, depth)}
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {"bf16": lambda: bf16(name, rows, columns, depth, device)}
     for scaling in scalings:
         for rate in rates:
             makers[f"{scaling} r={rate:g}"] = functools.partial(
-                ours, name, rows, columns, depth, scaling, rate, backend
+                ours, name, rows, columns, depth, scaling, rate, backend, device
             )
     for other in peers:
-        makers[other] = functools.partial(peer, other, rows, columns, depth)
+        makers[other] = functools.partial(peer, other, rows, columns, depth, device)
     cells: dict[str, dict[str, Any]] = {head: {} for head in makers}
     runs = {}
     for head, make in makers.items():
@@ -147,11 +155,12 @@ def measure(
             run = make()
             run()
             if head in peers:
-                cells[head]["low_precision_share"] = low_precision_share(kernel_times(run, 1))
+                kernels = cells[head]["kernels"] = kernel_times(run, device)
+                cells[head]["low_precision_share"] = low_precision_share(kernels)
             runs[head] = run
         except (RuntimeError, ValueError, AssertionError) as error:
             cells[head]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    times = interleaved(runs)
+    times = interleaved(runs, device)
     for head, milliseconds in times.items():
         cells[head] |= {
             "ms": milliseconds,

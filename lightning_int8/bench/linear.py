@@ -26,14 +26,22 @@ def fallback_rate(layer: nn.Module) -> float | None:
     return fallback / total if total else None
 
 
-def uneven(rows: int, columns: int, size: float) -> torch.Tensor:
+def uneven(rows: int, columns: int, size: float, device: torch.device) -> torch.Tensor:
     """A random BF16 ``[rows, columns]`` whose 128×128 blocks differ in size, so that any of them may fall back."""
-    blocks = torch.randn(blocks_along(rows, 128), blocks_along(columns, 128), device="cuda").exp_().mul_(size)
+    blocks = torch.randn(blocks_along(rows, 128), blocks_along(columns, 128), device=device).exp_().mul_(size)
     sizes = blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    return torch.randn(rows, columns, device="cuda").mul_(sizes).bfloat16()
+    return torch.randn(rows, columns, device=device).mul_(sizes).bfloat16()
 
 
-def measure(tokens: int, k: int, n: int, precisions: Sequence[Precision], peak: Peak | None, bandwidth: float) -> dict:
+def measure(
+    tokens: int,
+    k: int,
+    n: int,
+    precisions: Sequence[Precision],
+    device: torch.device,
+    peak: Peak | None,
+    bandwidth: float,
+) -> dict[str, Any]:
     """Milliseconds of an ``[n, k]`` linear over ``[tokens, k]``, forward and backward, weights in BF16.
 
     Returns:
@@ -41,12 +49,12 @@ def measure(tokens: int, k: int, n: int, precisions: Sequence[Precision], peak: 
         where it has one, ``fallback_rate``; ``model_ms`` where the GPU's peaks are known; ``error`` if it did not run.
     """
     torch.manual_seed(0)
-    x, dy = uneven(tokens, k, 1.0).requires_grad_(), uneven(tokens, n, 1e-3)
+    x, dy = uneven(tokens, k, 1.0, device).requires_grad_(), uneven(tokens, n, 1e-3, device)
     runs: dict[str, Callable[[], object]] = {}
     layers: dict[str, nn.Module] = {}
     cells: dict[str, dict[str, Any]] = {}
     for precision in precisions:
-        layer = nn.Sequential(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16))
+        layer = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16))
         cell = cells[precision.name] = {}
         # A peer that cannot run this shape, or not on this GPU, is a result, not the end of the table.
         try:
@@ -57,13 +65,14 @@ def measure(tokens: int, k: int, n: int, precisions: Sequence[Precision], peak: 
                 return torch.autograd.grad(forward(x), [x, *layer.parameters()], dy)
 
             run()
-            if precision.low:
-                cell["kernels"] = kernels = kernel_times(run, 1)
-                cell["low_precision_share"] = low_precision_share(kernels)
+            if precision.name != "bf16":
+                kernels = cell["kernels"] = kernel_times(run, device)
+                if kernels:
+                    cell["low_precision_share"] = low_precision_share(kernels)
             runs[precision.name], layers[precision.name] = run, layer
         except Exception as error:
             cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    for name, milliseconds in interleaved(runs).items():
+    for name, milliseconds in interleaved(runs, device).items():
         cells[name]["ms"] = milliseconds
     for name, layer in layers.items():
         cells[name]["ratio"] = cells["bf16"]["ms"] / cells[name]["ms"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.names import matches
-from lightning_int8.recipe import PRESETS
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
 
 TORCHAO = ("fp8-rowwise", "fp8-tensorwise", "torchao-int8", "torchao-int8-swap")
 
@@ -23,31 +23,23 @@ class Precision:
     Attributes:
         name: Its heading.
         convert: Changes a model's linears, but for those that the patterns name, in place; returns the model.
-        recipe: This package's recipe; empty for the others.
+        recipe: This package's recipe; ``None`` for the others.
         compiled: Whether a lone layer of it needs ``torch.compile`` to be what its authors mean it to be.
     """
 
     name: str
     convert: Callable[[nn.Module, Sequence[str]], nn.Module]
-    recipe: str = ""
+    recipe: Int8Recipe | None = None
     compiled: bool = False
 
-    @property
-    def low(self) -> bool:
-        """Whether it should run 8-bit GEMMs."""
-        return self.name != "bf16"
 
-
-def precisions(recipes: Sequence[str], peers: Sequence[str]) -> list[Precision]:
+def precisions(recipes: Sequence[str | Int8Recipe], peers: Sequence[str]) -> list[Precision]:
     """BF16 first, then the recipes, then the peers.
 
     Raises:
         ValueError: An unknown recipe or peer.
         ModuleNotFoundError: A peer is asked for and torchao is not installed.
     """
-    for name in recipes:
-        if name not in PRESETS:
-            raise ValueError(f"--recipes {name}: must be of {', '.join(PRESETS)}.")
     for name in peers:
         if name not in TORCHAO:
             raise ValueError(f"--peers {name}: must be of {', '.join(TORCHAO)}.")
@@ -55,7 +47,8 @@ def precisions(recipes: Sequence[str], peers: Sequence[str]) -> list[Precision]:
         raise ModuleNotFoundError(
             f"--peers {' '.join(peers)} needs torchao: pip install torchao, or leave --peers out."
         )
-    ours = [Precision(name, _ours(name), recipe=name) for name in recipes]
+    resolved = [resolve_recipe(recipe) for recipe in recipes]
+    ours = [Precision(recipe.describe(), _ours(recipe), recipe=recipe) for recipe in resolved]
     theirs = [Precision(name, _torchao(name), compiled=True) for name in peers]
     return [Precision("bf16", lambda model, ignored: model), *ours, *theirs]
 
@@ -65,7 +58,7 @@ def installed_peers() -> list[str]:
     return list(TORCHAO[:2]) if importlib.util.find_spec("torchao") is not None else []
 
 
-def _ours(recipe: str) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+def _ours(recipe: Int8Recipe) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     def convert(model: nn.Module, ignored: Sequence[str]) -> nn.Module:
         convert_to_int8(model, recipe, list(ignored))
         return model

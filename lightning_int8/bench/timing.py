@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -44,54 +46,108 @@ class Clock:
         return self.spent < fraction * self.seconds
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int = 10, warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds of each run on the GPU.
+def interleaved(
+    runs: Mapping[str, Run], device: torch.device, rounds: int = 10, warmup: int = 2, steady: bool = False
+) -> dict[str, float]:
+    """Median milliseconds of each run.
 
-    Each round runs all of them once, so that clock, power and memory are alike for all. The GPU starts a round when its
-    queue is filled: what the host takes to launch is not timed, unless it takes longer than the work.
+    Each round runs all of them once, so that clock, power and memory are alike for all.
+
+    Args:
+        runs: What to time, by name.
+        device: Where they run. On a GPU its own time is taken, from the start of a run's work to the end.
+        rounds: How often.
+        warmup: Rounds before those.
+        steady: Time each run right behind another of its own, as in a training loop, so that what the host takes longer
+            than the GPU shows. Otherwise the GPU waits until the host has filled its queue.
     """
-    for _ in range(warmup):
-        for run in runs.values():
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(warmup + rounds):
+        pairs = []
+        if not steady:
+            _head_start(device)
+        for name, run in runs.items():
+            if steady:
+                _synchronize(device)
+                run()
+            begin = _mark(device)
             run()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
-    for _ in range(rounds):
+            pairs.append((name, begin, _mark(device)))
+        _synchronize(device)
+        if index >= warmup:
+            for name, begin, end in pairs:
+                times[name].append(_milliseconds(begin, end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _head_start(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda._sleep(_HEAD_START)
-        for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            events[name].append((begin, end))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    return (end - begin) * 1e3 if isinstance(begin, float) else begin.elapsed_time(end)
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    """Of one run as the user waits for it, compilation included."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def peak_gib(run: Run, device: torch.device) -> float | None:
+    """The most memory that tensors took during a run, with all that was there before it; ``None`` off a GPU."""
+    if device.type != "cuda":
+        return None
     torch.cuda.synchronize()
-    return {name: statistics.median(b.elapsed_time(e) for b, e in pairs) for name, pairs in events.items()}
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
-def copy_bandwidth(bytes_each_way: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of a copy within the GPU's memory."""
-    source = torch.empty(bytes_each_way, dtype=torch.uint8, device="cuda")
+def copy_bandwidth(device: torch.device, bytes_each_way: int = 1 << 28) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.empty(bytes_each_way, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    milliseconds = interleaved({"copy": lambda: target.copy_(source)})["copy"]
+    milliseconds = interleaved({"copy": lambda: target.copy_(source)}, device)["copy"]
     return 2 * bytes_each_way / milliseconds * 1e3
 
 
-def kernel_times(run: Run, runs: int = 2) -> dict[str, float]:
-    """Milliseconds of GPU time a run by kernel name, largest first."""
-    run()
+def kernel_times(run: Run, device: torch.device) -> dict[str, float]:
+    """Milliseconds of GPU time in one run by kernel name, largest first; empty off a GPU."""
+    if device.type != "cuda":
+        return {}
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
-        for _ in range(runs):
-            run()
+        run()
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         if event.self_device_time_total:
-            times[event.key] += event.self_device_time_total / 1e3 / runs
+            times[event.key] += event.self_device_time_total / 1e3
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
 def low_precision_share(kernels: Mapping[str, float]) -> float:
-    """Share of the GEMM kernels' time that runs in 8 bits, by their names; 0 where no kernel is a GEMM."""
+    """Share of the GEMM kernels' time that is spent in 8 bits, by their names; NaN where no kernel is a GEMM."""
     gemms = {name: time for name, time in kernels.items() if _GEMM.search(name)}
     low = sum(time for name, time in gemms.items() if _LOW_PRECISION.search(name))
-    return low / sum(gemms.values()) if gemms else 0.0
+    return low / sum(gemms.values()) if gemms else math.nan

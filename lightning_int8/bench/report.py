@@ -1,0 +1,216 @@
+"""What the benchmark leaves behind: JSON (everything), Markdown and terminal tables, and a plot of the ratios."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+# Below this share of its GEMM time in 8 bits, a peer is not what its name says.
+LOW_PRECISION = 0.5
+
+
+class Table:
+    """Rows of text under headings, with a title that says what is measured and a note on how.
+
+    Args:
+        title: One line.
+        note: What a reader has to know of every line; may be empty.
+        headings: Of the columns.
+        rows: As many cells each.
+    """
+
+    def __init__(self, title: str, note: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.title, self.note, self.headings, self.rows = title, note, headings, rows
+
+    def markdown(self) -> str:
+        """The table as GitHub draws it."""
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, *self.rows)]
+        lines.insert(1, "|" + "---|" * len(self.headings))
+        return "\n".join([f"## {self.title}", *([self.note] if self.note else []), "", *lines, ""])
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        for heading in self.headings:
+            table.add_column(heading, justify="left" if heading == self.headings[0] else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """All that ``results``, which ``lightning-int8-bench`` writes as JSON, has measured."""
+    found = [_gemms(results["gemm"]), _linears(results["linear"])]
+    found += [_step(line) for line in results["step"]]
+    if results["first_step"]:
+        found.append(_first_steps(results["first_step"]))
+    return [table for table in found if table.rows]
+
+
+def _heads(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(head for line in lines for head in line["cells"]))
+
+
+def _cell(cell: Mapping[str, Any], value: str) -> str:
+    """What was measured with its ratio; or why there is nothing; or that it was not what it seems."""
+    for reason in ("error", "skipped"):
+        if reason in cell:
+            return f"{reason}: {cell[reason]}"
+    if "ms" not in cell:
+        return "–"
+    text = f"{value} ({cell['ratio']:.2f})" if cell.get("ratio", 1.0) != 1.0 else value
+    return text + ("" if _is_low(cell) else " – ran BF16 kernels")
+
+
+def _is_low(cell: Mapping[str, Any]) -> bool:
+    return cell.get("low_precision_share", 1.0) >= LOW_PRECISION
+
+
+def _gemms(lines: Sequence[Mapping[str, Any]]) -> Table:
+    heads = _heads(lines)
+    rows = []
+    for line in lines:
+        cells = line["cells"]
+        model = [_of_model(cells.get(head, {})) for head in heads]
+        texts = [
+            _cell(cells.get(head, {}), f"{cells.get(head, {}).get('tflops', 0):.0f}") + share
+            for head, share in zip(heads, model, strict=True)
+        ]
+        rows.append([line["product"], f"{line['k']}, {line['n']}", *texts])
+    tokens = lines[0]["tokens"] if lines else 0
+    note = (
+        "TFLOP/s of the product (times BF16), percent of the modelled roofline. `r`: rate of fallback blocks, in the "
+        "wgrad of both operands. `int8-torch` is `torch._int_mm`, without scales."
+    )
+    return Table(f"GEMMs, M = {tokens}", note, ["product", "K, N", *heads], rows)
+
+
+def _of_model(cell: Mapping[str, Any]) -> str:
+    return f" {cell['model_ms'] / cell['ms']:.0%}" if "model_ms" in cell and "ms" in cell else ""
+
+
+def _linears(lines: Sequence[Mapping[str, Any]]) -> Table:
+    heads = _heads(lines)
+    rows = []
+    for line in lines:
+        texts = [
+            _cell(line["cells"].get(head, {}), f"{line['cells'].get(head, {}).get('ms', 0) * 1e3:.0f}")
+            + _of_model(line["cells"].get(head, {}))
+            for head in heads
+        ]
+        rates = [cell["fallback_rate"] for cell in line["cells"].values() if "fallback_rate" in cell]
+        rows.append([f"{line['k']} → {line['n']}", *texts, f"{max(rates):.2f}" if rates else "–"])
+    tokens = lines[0]["tokens"] if lines else 0
+    note = (
+        "Microseconds of GPU time (times BF16), percent of the modelled roofline where there is one. Forward and "
+        "backward with all quantization, BF16 weights; torchao's layers are compiled."
+    )
+    return Table(
+        f"One linear layer, {tokens} tokens", note, ["in → out", *heads, "fallback rate"], rows
+    )  # fmt: skip
+
+
+def _step(line: Mapping[str, Any]) -> Table:
+    rows = []
+    for head, cell in line["cells"].items():
+        text = _cell(cell, f"{cell.get('ms', 0):.1f}")
+        peak = f"{cell['peak_gib']:.1f}" if cell.get("peak_gib") else "–"
+        first = f"{cell['first_step_s']:.1f}" if "first_step_s" in cell else "–"
+        rate = f"{cell['fallback_rate']:.2f}" if "fallback_rate" in cell else "–"
+        rows.append([head, text, peak, first, rate])
+    how = "each repeated layer compiled" if line["compiled"] else "eager"
+    title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}"
+    note = (
+        "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; steps of all "
+        "precisions in turn, on the same parameters. First step: in this process, compilation included."
+    )
+    return Table(title, note, ["precision", "ms a step", "peak GiB", "first step, s", "fallback rate"], rows)
+
+
+def _first_steps(lines: Sequence[Mapping[str, Any]]) -> Table:
+    def text(line: Mapping[str, Any], key: str) -> str:
+        return f"{line[key]:.1f}" if key in line else str(line.get("error", "–"))
+
+    keys = ("bf16", "empty cache", "warm cache")
+    rows = [[line["model"], line["recipe"], *(text(line, key) for key in keys)] for line in lines]
+    note = "Seconds of the first eager step of a fresh process, model already on the GPU; caches are Triton's."
+    return Table(
+        "First training step", note, ["model", "recipe", "BF16", "INT8, empty cache", "INT8, warm cache"], rows
+    )
+
+
+def markdown(results: Mapping[str, Any], plot: str) -> str:
+    """The whole result page."""
+    about = results["about"]
+    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    head = [
+        f"# {about['device']}, {about['date']}",
+        "",
+        f"`{about['command']}`, {about['seconds']:.0f} s. {packages}. A copy moves "
+        f"{about['copy_bandwidth'] / 1e12:.2f} TB/s. Medians of interleaved rounds.",
+        "",
+        f"![times BF16]({plot})",
+        "",
+    ]
+    advice = ["## Advice", *(f"- {line}" for line in results["advice"]), ""] if results["advice"] else []
+    skipped = ["## Not measured", *(f"- {line}" for line in results["skipped"]), ""] if results["skipped"] else []
+    return "\n".join([*head, *(table.markdown() for table in tables(results)), *advice, *skipped])
+
+
+def _bars(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Each panel's title and, by line and precision, times BF16."""
+    groups = {
+        "GEMM": {f"{x['product']} {x['k']}, {x['n']}": x["cells"] for x in results["gemm"]},
+        "Linear layer": {f"{x['k']} → {x['n']}": x["cells"] for x in results["linear"]},
+        "Training step": {f"{x['model']}": x["cells"] for x in results["step"]},
+    }
+    for title, lines in groups.items():
+        ratios = {
+            line: {head: cell["ratio"] for head, cell in cells.items() if head != "bf16" and "ratio" in cell}
+            for line, cells in lines.items()
+        }
+        if any(ratios.values()):
+            yield title, ratios
+
+
+def plot(results: Mapping[str, Any], file: Path) -> None:
+    """Draws every ratio to BF16 as a bar, one panel a table."""
+    panels = list(_bars(results))
+    figure = Figure(figsize=(9, 1 + sum(1 + 0.45 * len(lines) for _, lines in panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[1 + len(lines) for _, lines in panels])[:, 0]
+    for axis, (title, lines) in zip(axes, panels, strict=True):
+        heads = list(dict.fromkeys(head for line in lines.values() for head in line))
+        width = 0.8 / len(heads)
+        for index, head in enumerate(heads):
+            places = [row + index * width for row, line in enumerate(lines.values()) if head in line]
+            axis.barh(places, [line[head] for line in lines.values() if head in line], width, label=head)
+        axis.set_yticks([row + 0.4 - width / 2 for row in range(len(lines))], list(lines))
+        axis.invert_yaxis()
+        axis.axvline(1.0, color="gray", lw=1)
+        axis.set_title(f"{title}: times BF16 (right of the line is faster)", loc="left", fontsize=10)
+        axis.legend(fontsize=7, loc="lower right")
+    figure.savefig(file, dpi=110)
+
+
+def write(results: Mapping[str, Any], file: Path) -> list[Path]:
+    """Writes ``file`` with the endings ``.json``, ``.md`` and, where anything was measured, ``.png``."""
+    # No suffix is taken off: a GPU's name or a date may hold a dot.
+    json_file, md_file, png_file = (file.with_name(file.name + end) for end in (".json", ".md", ".png"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if not list(_bars(results)):
+        return [json_file]
+    plot(results, png_file)
+    md_file.write_text(markdown(results, png_file.name))
+    return [json_file, md_file, png_file]
