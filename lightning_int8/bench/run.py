@@ -1,0 +1,136 @@
+"""One run of the benchmark: what of the command line is measured in the time it grants, model after model."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from lightning_int8.bench import first_step, gemm, linear, step
+from lightning_int8.bench.advice import advice
+from lightning_int8.bench.precisions import Precision, installed_peers, precisions, versions
+from lightning_int8.bench.roofline import peak_of
+from lightning_int8.bench.timing import Clock, copy_bandwidth
+from lightning_int8.bench.workload import load
+from lightning_int8.kernels import backends
+from lightning_int8.recipe import PRESETS
+
+# In-features and out-features of the linears of a 1B and an 8B Llama, and smaller.
+LINEARS = ((4096, 4096), (2048, 2048), (4096, 14336), (14336, 4096), (2048, 8192), (8192, 2048), (1024, 1024),
+           (4096, 1024), (3072, 3072), (1536, 1536))  # fmt: skip
+
+
+class Run:
+    """Measures model after model, each shape once, and keeps the results.
+
+    Args:
+        args: The parsed command line.
+        gpu: The device's name.
+        bar: Shows how far it is.
+    """
+
+    def __init__(self, args: argparse.Namespace, gpu: str, bar: Progress) -> None:
+        self.args, self.gpu, self.bar = args, gpu, bar
+        self.clock, self.device = Clock(args.seconds), torch.device(args.device)
+        self.peak, self.bandwidth = peak_of(gpu), copy_bandwidth(self.device)
+        self.peers = installed_peers() if args.peers is None else args.peers
+        self.measured: dict[str, list[dict[str, Any]]] = {"gemm": [], "linear": [], "step": [], "first_step": []}
+        self.skipped: list[str] = []
+        self.names: dict[tuple[int, int], list[str]] = {}
+        self.recipes: dict[str, None] = {}
+        if self.peak is None:
+            self.skipped.append(f"the modelled roofline: peak rates of {gpu} are not in the table")
+
+    def measure(self, config: str | None, until: Mapping[str, float]) -> None:
+        """Measures the sections in ``until`` for a model, or for the linears of Llamas.
+
+        Args:
+            config: See :func:`lightning_int8.bench.workload.load`.
+            until: By which fraction of the time each section begins its last measurement.
+        """
+        workload = load(config, self.args.tokens, self.device) if config else None
+        recipes = self.args.recipes or ([workload.recipe] if workload and workload.recipe else ["row", "block"])
+        compared = precisions(recipes, self.peers)
+        ours = [precision for precision in compared if precision.recipe is not None]
+        self.recipes |= dict.fromkeys(precision.name for precision in ours)
+        tokens = workload.tokens if workload else self.args.tokens
+        shapes = self.args.shapes or list(LINEARS)
+        if workload:
+            for key, layers in workload.shapes.items():
+                self.names.setdefault(key, []).extend(layers)
+            shapes = self.args.shapes or list(workload.shapes)
+        if "gemm" in until:
+            self._gemms(shapes, tokens, ours, until["gemm"])
+        if "linear" in until:
+            self._linears(shapes, tokens, compared, until["linear"])
+        if workload is None:
+            if "step" in until or "first-step" in until:
+                self.skipped.append("the training step and the first step: name a model with --config")
+            return
+        if "step" in until:
+            task = self.bar.add_task(f"step of {workload.name}", total=None)
+            say = lambda text: self.bar.update(task, description=text)  # noqa: E731
+            line = step.measure(workload, compared, not self.args.eager, self.clock, until["step"], report=say)
+            self.measured["step"].append(line)
+            self.bar.update(task, total=1, completed=1, description=f"step of {workload.name}")
+        if "first-step" in until:
+            name = workload.name
+            # The next processes need its memory.
+            del workload
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._first_step(str(config), name, ours[0].name, tokens, until["first-step"])
+
+    def _out_of_time(self, what: str, until: float) -> bool:
+        if self.clock.before(until):
+            return False
+        self.skipped.append(f"{what}: out of time (--seconds {self.args.seconds:g})")
+        return True
+
+    def _gemms(self, shapes: list[tuple[int, int]], tokens: int, ours: list[Precision], until: float) -> None:
+        backend = backends.choose("auto", self.device)
+        scalings = list(dict.fromkeys(p.recipe.scaling for p in ours if p.recipe and p.recipe.scaling != "vector"))
+        known = {(line["product"], line["tokens"], line["k"], line["n"]) for line in self.measured["gemm"]}
+        lines = [(product, tokens, k, n) for k, n in shapes for product in ("forward", "dgrad", "wgrad")]
+        for product, _, k, n in self.bar.track([line for line in lines if line not in known], description="GEMMs"):
+            if not self._out_of_time(f"GEMM {product} {k} → {n}", until):
+                line = gemm.measure(
+                    product, tokens, k, n, scalings, (0.0, 0.2), gemm.peers(self.device), backend, self.device,
+                    self.peak, self.bandwidth,
+                )  # fmt: skip
+                self.measured["gemm"].append(line)
+
+    def _linears(self, shapes: list[tuple[int, int]], tokens: int, compared: list[Precision], until: float) -> None:
+        known = {(line["k"], line["n"]) for line in self.measured["linear"] if line["tokens"] == tokens}
+        for k, n in self.bar.track([s for s in shapes if s not in known], description="linear layers"):
+            if not self._out_of_time(f"linear {k} → {n}", until):
+                line = linear.measure(tokens, k, n, compared, self.device, self.peak, self.bandwidth)
+                self.measured["linear"].append(line)
+
+    def _first_step(self, config: str, name: str, recipe: str, tokens: int, until: float) -> None:
+        if recipe not in PRESETS:
+            self.skipped.append(f"the first step of {name}: recipe {recipe} is no preset; name one with --recipes")
+        elif not self._out_of_time(f"the first step of {name}", until):
+            task = self.bar.add_task("first step", total=None)
+            say = lambda text: self.bar.update(task, description=text)  # noqa: E731
+            found = first_step.measure(config, recipe, tokens, self.device, say)
+            self.measured["first_step"].append({"model": name, "recipe": recipe, **found})
+            self.bar.update(task, total=1, completed=1, description="first step")
+
+    def results(self, command: str) -> dict[str, Any]:
+        """All that was measured, as JSON holds it."""
+        return {
+            "about": {
+                "device": self.gpu, "date": datetime.date.today().isoformat(), "versions": versions(),
+                "seconds": self.clock.spent, "copy_bandwidth": self.bandwidth, "command": command,
+            },
+            **self.measured,
+            "advice": advice(self.measured["linear"], list(self.recipes), self.names),
+            "skipped": self.skipped,
+        }  # fmt: skip
