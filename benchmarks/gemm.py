@@ -15,6 +15,7 @@ import argparse
 import datetime
 import functools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--backend", default="auto", help="one of ours, or 'auto'")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3])
+    parser.add_argument("--linears", type=int, default=len(LINEARS), help="how many of the linears, from the first on")
     parser.add_argument("--scalings", nargs="+", default=["row", "block"])
     parser.add_argument("--rep", type=int, default=15, help="milliseconds a median is taken over")
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -105,8 +107,8 @@ def main() -> int:
     }  # fmt: skip
     heads = [f"{s} {r:g}" for s in args.scalings for r in args.rates]
     print(f"{'TFLOP/s (times cuBLAS BF16)':35} {'BF16':>6} " + " ".join(f"{head:>12}" for head in heads))
-    lines, wrong, worst = [], 0, dict.fromkeys(heads, float("inf"))
-    for k, n in LINEARS:
+    lines, wrong = [], 0
+    for k, n in LINEARS[: args.linears]:
         for name, (rows, columns, depth) in products(args.tokens, k, n).items():
             flops = 2 * rows * columns * depth
             bf16 = bf16_time(name, rows, columns, depth, args.rep)
@@ -125,14 +127,17 @@ def main() -> int:
                     run = functools.partial(gemm, a, b, None, torch.bfloat16)
                     ms = do_bench(run, warmup=10, rep=args.rep, return_mode="median")
                     line[head] = flops / ms / 1e9
-                    worst[head] = min(worst[head], bf16 / ms)
             lines.append(line)
             if args.json:
                 # After each line, so that a run that is cut short leaves what it has measured.
                 args.json.write_text(json.dumps({"about": about, "unit": "TFLOP/s", "lines": lines}, indent=1) + "\n")
             cells = " ".join(f"{line[head]:5.0f} ({line[head] / line['bf16']:.2f})" for head in heads)
             print(f"{name:8} K={k:<6} N={n:<6} {'':9} {line['bf16']:6.0f} {cells}", flush=True)
-    print(f"{'lowest ratio':42} " + " ".join(f"{'':5} ({worst[head]:.2f})" for head in heads))
+    for name in (*products(args.tokens, 1, 1), "all"):
+        chosen = [line for line in lines if name in ("all", line["product"])]
+        for what, summary in (("geomean", statistics.geometric_mean), ("lowest", min)):
+            ratios = (summary(line[head] / line["bf16"] for line in chosen) for head in heads)
+            print(f"{name:8} {what:33} " + " ".join(f"{'':5} ({ratio:.2f})" for ratio in ratios))
     return wrong
 
 
