@@ -9,7 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_int8.checkpoint import CorruptedCheckpointError, VerifiedCheckpointIO, verify_checkpoint
+    from lightning_int8.checkpoint import (
+        CorruptedCheckpointError,
+        VerifiedCheckpointIO,
+        consolidate_checkpoint,
+        verify_checkpoint,
+    )
     from lightning_int8.convert import ConversionReport, convert_to_int8
     from lightning_int8.energy import EnergyMonitor
     from lightning_int8.fabric import FabricFallbackInt8Precision
@@ -25,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CorruptedCheckpointError": "checkpoint",
     "VerifiedCheckpointIO": "checkpoint",
+    "consolidate_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
     "ConversionReport": "convert",
     "convert_to_int8": "convert",
@@ -54,6 +60,7 @@ __all__ = [
     "Int8Linear",
     "Int8Recipe",
     "VerifiedCheckpointIO",
+    "consolidate_checkpoint",
     "convert_to_int8",
     "fallback_states",
     "int8_linear",

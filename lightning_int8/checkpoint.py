@@ -8,6 +8,7 @@ folder and moves the file, which is a copy that a crash can cut short when that 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 
 _CHUNK = 1 << 22
 
@@ -106,6 +108,37 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             if isinstance(error, EOFError) or "PytorchStreamReader" in str(error):
                 raise CorruptedCheckpointError(_message(Path(path), str(error).split(". ")[0])) from error
             raise
+
+
+def consolidate_checkpoint(folder: str | Path, file: str | Path) -> None:
+    """Writes a Trainer's sharded checkpoint as one file, which every strategy resumes.
+
+    A strategy resumes its own sharded checkpoints as they are; those of another it cannot read. Works in one process,
+    which holds the whole checkpoint in memory, and writes as :class:`VerifiedCheckpointIO` does.
+
+    Args:
+        folder: What ``FSDPStrategy(state_dict_type="sharded")`` or
+            ``ModelParallelStrategy(save_distributed_checkpoint=True)`` saved.
+        file: Where to write.
+
+    Raises:
+        ValueError: ``folder`` is not a sharded checkpoint of a Trainer.
+        FileExistsError: ``file`` exists.
+    """
+    folder, file = Path(folder), Path(file)
+    if not (folder / _METADATA_FILENAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} is not a sharded checkpoint: it has no {_METADATA_FILENAME}. Give the folder that a "
+            "Trainer saved under FSDP or ModelParallelStrategy; a checkpoint that is one file needs no conversion."
+        )
+    if file.exists():
+        raise FileExistsError(f"{str(file)!r} exists; choose another name, or delete it.")
+    checkpoint = _load_distributed_checkpoint(folder)
+    # FSDP1 calls it "model".
+    checkpoint["state_dict"] = checkpoint.pop("model", None) or checkpoint["state_dict"]
+    optimizers = sorted((key for key in checkpoint if re.fullmatch(r"optimizer_\d+", key)), key=lambda k: int(k[10:]))
+    checkpoint["optimizer_states"] = [checkpoint.pop(key) for key in optimizers]
+    VerifiedCheckpointIO().save_checkpoint(checkpoint, file)
 
 
 def _problem(file: Any) -> str:

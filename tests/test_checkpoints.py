@@ -1,0 +1,79 @@
+"""Checkpoints of every strategy, full and sharded, resumed in every other one: two gloo processes, one run for all.
+
+What each resumed run is compared with: one device that goes through the same batches without an interruption.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_int8 import consolidate_checkpoint
+from tests.checkpoint_worker import CLIP, PAIRS, PLAIN, STEPS, STRATEGIES, run
+from tests.tiny import assert_same
+from tests.two_processes import launch, logs
+
+RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The three phases, in INT8 and (the second and third) in full precision; and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run(folder, "cpu", "single", 0, None, save=folder / "single")
+    phases: dict[str, Any] = {"folder": folder}
+    phases["int8 1"] = run(folder, "cpu", "single", 1, folder / "single", save=folder / "single 1")
+    phases["int8 2"] = run(folder, "cpu", "single", 2, folder / "single 1")
+    phases["plain 1"] = run(folder, "cpu", "single", 1, folder / "single", int8=False, save=folder / "plain 1")
+    phases["plain to int8"] = run(folder, "cpu", "single", 2, folder / "plain 1")
+    phases["int8 to plain"] = run(folder, "cpu", "single", 2, folder / "single 1", int8=False)
+    return phases
+
+
+@pytest.fixture(scope="module")
+def ranks(one_device: dict[str, Any]) -> list[dict[str, Any]]:
+    folder = one_device["folder"]
+    if any(launch("tests.checkpoint_worker", folder, "cpu")):
+        pytest.fail(logs(folder))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_follows(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any], rel: float) -> None:
+    for rank, results in enumerate(ranks):
+        assert results[name]["losses"] == pytest.approx(expected["losses"][rank::2], rel=rel)
+        assert results[name]["norms"] == pytest.approx(expected["norms"], rel=10 * rel)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_follows_one_device(ranks, one_device, name: str) -> None:
+    expected = one_device["int8 1" if name.startswith("single") else "int8 2"]
+    assert_follows(ranks, name, expected, 1e-5)
+    assert_same(ranks[0][name]["thresholds"], ranks[1][name]["thresholds"])
+    tables = ranks[0][name]["thresholds"], expected["thresholds"]
+    torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_int8_is_left_and_taken_up(ranks, one_device, name: str) -> None:
+    assert_follows(ranks, f"single > plain {name}", one_device["plain 1"], 1e-5)
+    assert_follows(ranks, f"{name} > plain {name}", one_device["int8 to plain"], 1e-5)
+    # Each rank seeds thresholds from its first batch.
+    assert_follows(ranks, f"plain {name} > {name}", one_device["plain to int8"], 0.01)
+    first, second = (rank[f"plain {name} > {name}"]["thresholds"] for rank in ranks)
+    assert_same(first, second)
+    assert all(table[0].isfinite().all() for table in first.values())
+
+
+def test_the_references_differ_and_their_gradients_are_clipped(one_device) -> None:
+    assert one_device["int8 2"]["norms"] == pytest.approx([CLIP] * STEPS, rel=1e-3)
+    assert min(one_device["plain 1"]["norms"]) > 2 * CLIP
+    assert one_device["int8 1"]["losses"] != pytest.approx(one_device["plain 1"]["losses"], rel=1e-4)
+    assert one_device["int8 2"]["losses"] != pytest.approx(one_device["plain to int8"]["losses"], rel=1e-4)
+
+
+def test_consolidation_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a sharded checkpoint: it has no meta\.pt"):
+        consolidate_checkpoint(tmp_path, tmp_path / "whole.ckpt")
