@@ -132,8 +132,7 @@ def int8_linear(
     _check_tensors(x, weight, bias)
     source = x
     device_type = x.device.type
-    # Meta tensors (shape inference) know no autocast; float64 is left alone as F.linear would leave it.
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    autocast = autocasts(x)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
@@ -176,6 +175,12 @@ def int8_linear(
             )
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast applies to ``x``, as it would in F.linear, which leaves float64 alone."""
+    # Meta tensors (shape inference) know no autocast.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _high_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,12 +6,13 @@ quantization must keep for the backward is a tuple of tensors, so that autograd 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels import ops
+from lightning_int8.kernels import ops, swiglu_ops
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity
 from lightning_int8.recipe import Int8Recipe
 
@@ -106,11 +107,22 @@ class RowScheme(_BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        low, low_t, high, high_t, slot, scale, int_max = ops.quantize_row(
-            x, state, 0, rate, capacity, self.block, update, wgrad, backend
-        )
-        operand = self._matrix(low, high, slot, scale, tuple(x.shape), capacity)
+        self._measure_power(x, state, 0, update)
+        planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        return self.input_of(planes, tuple(x.shape), wgrad)
+
+    def input_of(self, planes: Sequence[Tensor], size: tuple[int, int], wgrad: bool) -> QuantizedInput:
+        """X of ``size`` from the seven tensors that `ops.quantize_row` returns."""
+        low, low_t, high, high_t, slot, scale, int_max = planes
+        operand = self._matrix(low, high, slot, scale, size, high.shape[0])
         return QuantizedInput(operand, (low_t, high_t, slot, scale, int_max) if wgrad else ())
+
+    def quantize_swiglu(
+        self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, backend: str
+    ) -> tuple[Tensor, ...]:
+        """``silu(gate)·up`` ``[M, N]``, and what `input_of` takes of it."""
+        rate, capacity = self._fallback(gate, self.recipe.activation_band)
+        return swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, wgrad, backend)
 
     def quantize_weight(self, weight, transposed, backend):
         low, low_t, _, _, _, scale, _ = ops.quantize_row(
@@ -124,8 +136,8 @@ class RowScheme(_BlockFallback):
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
-        low_t, high_t, slot, input_scale, int_max = saved or [None] * 5
-        a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
+        _, _, _, input_scale, int_max = saved or [None] * 5
+        planes = ops.quantize_row_gradient(
             dy,
             weight_scale,
             input_scale,
@@ -139,11 +151,64 @@ class RowScheme(_BlockFallback):
             bias,
             backend,
         )
+        return self._gradient(planes, tuple(dy.shape), weight, saved, size, bias)
+
+    def quantize_swiglu_gradient(
+        self,
+        dh: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        weights: tuple[QuantizedWeight, QuantizedWeight] | None,
+        saved: tuple[Tensor, ...] | None,
+        size: tuple[int, int],
+        states: tuple[Tensor | None, Tensor | None],
+        update: bool,
+        bias: bool,
+        backend: str,
+    ) -> tuple[QuantizedGradient, QuantizedGradient]:
+        """The gradients of ``gate`` and ``up`` given that of ``silu(gate)·up``; both projections read one X."""
+        rate, capacity = self._fallback(gate, self.recipe.gradient_band)
+        gate_scale, up_scale = (None, None) if weights is None else (w.fold for w in weights)
+        _, _, _, input_scale, int_max = saved or [None] * 5
+        planes = swiglu_ops.swiglu_row_gradient(
+            dh,
+            gate,
+            up,
+            gate_scale,
+            up_scale,
+            input_scale,
+            int_max,
+            *states,
+            rate,
+            capacity,
+            self.block,
+            update,
+            self.recipe.stochastic_rounding,
+            bias,
+            backend,
+        )
+        gate_weight, up_weight = weights or (None, None)
+        return (
+            self._gradient(planes[:9], tuple(gate.shape), gate_weight, saved, size, bias),
+            self._gradient(planes[9:], tuple(up.shape), up_weight, saved, size, bias),
+        )
+
+    def _gradient(
+        self,
+        planes: Sequence[Tensor],
+        dy_size: tuple[int, int],
+        weight: QuantizedWeight | None,
+        saved: tuple[Tensor, ...] | None,
+        size: tuple[int, int],
+        bias: bool,
+    ) -> QuantizedGradient:
+        a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = planes
         dgrad = wgrad = input_transposed = None
         if weight is not None:
-            dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
-        if low_t is not None and high_t is not None and slot is not None:
-            wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
+            dgrad = self._matrix(a_low, a_high, a_slot, a_scale, dy_size, a_high.shape[0])
+        if saved:
+            low_t, high_t, slot, _, _ = saved
+            wgrad = self._matrix(g_low, g_high, g_slot, g_scale, dy_size[::-1], g_high.shape[0])
             input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
 
