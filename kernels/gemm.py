@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
 from lightning_int8.kernels.tiles import Tile, choose
 
@@ -38,6 +39,7 @@ def _any_high(slot, tile, k, blocks, depth, stride_r, stride_k, SUB: tl.constexp
     return found
 
 
+@CachedLaunch
 @triton.jit
 def _list_kernel(
     a_slot, b_slot, counts, items, depth,
@@ -146,6 +148,7 @@ def _finish(value, bias, accumulate, out, pm, pn, rows, columns, BM: tl.constexp
 # --- row --------------------------------------------------------------------------------------------------------------
 
 
+@CachedLaunch
 @triton.jit
 def _gemm_row_kernel(
     a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, accumulate, out, counts, items,
@@ -225,6 +228,7 @@ def _promote(acc, product, a_scale, b_scale, step, A_SUB: tl.constexpr, B_SUB: t
     return acc + (value * sa[:, None]) * sb[None, :]
 
 
+@CachedLaunch
 @triton.jit
 def _gemm_block_kernel(
     a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, accumulate, out, counts, items,

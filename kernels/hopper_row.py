@@ -19,6 +19,7 @@ from lightning_int8.kernels.hopper_pipeline import (
     store_half,
     tile_at,
 )
+from lightning_int8.kernels.launch import CachedLaunch
 
 
 @gluon.jit
@@ -75,6 +76,7 @@ def _row_consumer(
 
 
 # Token counts vary: their divisibility must not compile a kernel anew.
+@CachedLaunch
 @gluon.jit(do_not_specialize=["rows", "depth"])
 def row_kernel(
     a_desc, a_high_desc, a_slot_ptr, a_scale_ptr, b_desc, b_high_desc, b_slot_ptr, b_scale_ptr, bias_ptr, sum_ptr,

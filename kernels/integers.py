@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.select import round_half_even
 from lightning_int8.kernels.statistics import load_tile
 
@@ -112,6 +113,7 @@ def _place(columns, B: tl.constexpr, PART: tl.constexpr):
     return block // column_blocks, block % column_blocks, pid % PARTS
 
 
+@CachedLaunch
 @triton.jit
 def row_planes(
     x,
@@ -146,6 +148,7 @@ def row_planes(
             _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART, RUN)
 
 
+@CachedLaunch
 @triton.jit
 def gradient_planes(
     dy,
@@ -208,6 +211,7 @@ def gradient_planes(
                 _store_high(None, g_high, _high_byte(bits), slot, part, B, PART, RUN)
 
 
+@CachedLaunch
 @triton.jit
 def block_planes(
     x,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_int8.kernels.launch import CachedLaunch
+
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 # Blocks numbered at a time: most rows of blocks in one step.
 NUMBER_CHUNK = tl.constexpr(256)
@@ -223,6 +225,7 @@ def _row_scales(
         tl.store(int_max + r, result, mask=r < rows)
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["seed_blocks", "capacity", "update"])
 def matrix_select(
     block_amax,  # int32 [RB, QB]
@@ -273,6 +276,7 @@ def matrix_select(
         )  # fmt: skip
 
 
+@CachedLaunch
 @triton.jit(do_not_specialize=["seed_blocks", "capacity", "update"])
 def gradient_select(
     a_block_amax,  # int32 [MB, NB], or None: no A

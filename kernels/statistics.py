@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_int8.kernels.launch import CachedLaunch
+
 # Integers of the other operand in units of 2^31, in which sums do not overflow: see `reference.row_scale`.
 _PLAIN_WEIGHT = tl.constexpr(127 * 2.0**-31)
 
@@ -34,6 +36,7 @@ def magnitude_bits(x):
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@CachedLaunch
 @triton.jit
 def matrix_statistics(
     x,
@@ -64,6 +67,7 @@ def matrix_statistics(
         tl.store(block_amax + pid, tl.max(by_row, 0))
 
 
+@CachedLaunch
 @triton.jit
 def gradient_statistics(
     dy,
