@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -20,7 +21,7 @@ class Peak:
     fp8: float | None
 
 
-# The first name that the GPU's name contains counts. From NVIDIA's data sheets and architecture white papers; where
+# The first whose words the GPU's name contains counts. From NVIDIA's data sheets and architecture white papers; where
 # they state rates with sparsity, half of it.
 PEAKS: dict[str, Peak] = {
     "H100 PCIe": Peak(756, 1513, 1513),
@@ -48,8 +49,9 @@ PEAKS: dict[str, Peak] = {
 
 
 def peak_of(gpu: str) -> Peak | None:
-    """The peak rates of the GPU of this name; ``None`` where they are not in the table."""
-    return next((peak for name, peak in PEAKS.items() if name in gpu), None)
+    """The peak rates of the GPU of this name; ``None`` where they are not in the table, as of a laptop's."""
+    found = (peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", gpu))
+    return None if "Laptop" in gpu else next(found, None)
 
 
 def gemm_milliseconds(rows: int, columns: int, depth: int, rate: float, bandwidth: float, size: int) -> float:

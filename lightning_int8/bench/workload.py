@@ -124,11 +124,11 @@ def _from_lightning(file: str, device: torch.device) -> Workload:
             run=False, parser_kwargs={"parser_mode": "omegaconf"}, save_config_callback=None,
             args=["--config", file, *quiet],
         )  # fmt: skip
-    if cli.datamodule is None:
-        raise ValueError(f"--config {file} names no data: add a LightningDataModule under `data:`.")
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
-    batch = cli.model.transfer_batch_to_device(next(iter(cli.datamodule.train_dataloader())), device, 0)
+    # Both have these hooks, and a model without a DataModule has loaders of its own.
+    data = cli.datamodule or cli.model
+    data.prepare_data()
+    data.setup("fit")
+    batch = cli.model.transfer_batch_to_device(next(iter(data.train_dataloader())), device, 0)
     plugin = cli.trainer.precision_plugin
     ours = plugin if isinstance(plugin, Int8PluginCore) else None
     return Workload(
