@@ -23,8 +23,10 @@ WORKERS ?= 2
 # Most of a GPU test's time is compiling kernels, which workers do side by side.
 GPU_WORKERS ?= 6
 
+BENCH_MODELS := benchmarks.models:llama_1b benchmarks.models:llama_8b_6layers
+
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format gpu-test clean
+.PHONY: help setup train test lint format gpu-test bench clean
 
 help: ## Show the targets
 	@echo "make setup              make .venv and install everything, with the tested versions"
@@ -36,6 +38,8 @@ help: ## Show the targets
 	@echo "make lint               ruff (lint and format) and mypy"
 	@echo "make format             let ruff fix and format"
 	@echo "make gpu-test           the tests that need a GPU; writes docs/results/<date>-<gpu>-gpu-tests.md"
+	@echo "make bench              measure on this GPU, INT8 against BF16 and FP8; writes docs/results and README's table"
+	@echo "     CONFIG=file.yaml   your model in place of the Llamas;  ARGS='...' as of lightning-int8-bench"
 	@echo "make clean              remove what the tools wrote (not .venv, not runs/)"
 	@echo "PYTHON=python3          in front of any target: use that interpreter as it is, install nothing"
 
@@ -67,6 +71,10 @@ test: $(READY) ## Test with coverage
 
 gpu-test: $(READY) ## Test on a GPU
 	$(RUN) -m pytest -m gpu -n $(GPU_WORKERS) --durations=10 $(ARGS)
+
+bench: $(READY) ## Measure on a GPU
+	$(RUN) -m lightning_int8.bench --config $(or $(CONFIG),$(BENCH_MODELS)) --seconds 300 --output docs/results $(ARGS)
+	$(if $(CONFIG),,$(RUN) -m benchmarks.readme $$(ls -t docs/results/*-bench.json | head -1))
 
 lint: $(READY) lightning_int8/kernels ## Lint, check formatting and types
 	$(RUN) -m ruff check .
