@@ -50,7 +50,7 @@ class Int8Linear(nn.Linear):
             )
         linear.__class__ = cls if type(linear) is nn.Linear else _sharded_class(type(linear), cls)
         linear.int8_recipe = recipe
-        linear.int8_state = FallbackState(recipe)
+        linear.int8_state = FallbackState(recipe, (linear.out_features, linear.in_features))
         # Made now rather than in the first forward, which torch.compile would otherwise have to trace twice.
         if linear.int8_state.operands and linear.weight.device.type != "meta":
             linear.int8_state.on(linear.weight.device)

@@ -53,12 +53,19 @@ class Int8Recipe:
         activation_band: Lowest and highest fraction of X's blocks that may fall back to 16 bits before the threshold
             moves, each in [0, 1]. ``(0, 0)`` turns fallback on X off.
         gradient_band: The same for dY.
+        budget: Mean fallback rate that all operands of all layers share, above 0 and below 1, each weighted by the MMAs
+            that its fallback blocks repeat: blocks go where they remove the most error (:mod:`lightning_int8.budget`),
+            and the bands, which must start at 0, only limit the rate of an operand. ``None``: every operand's rate
+            stays in its band.
         threshold_factor: Factor by which a threshold moves after a step whose rate left its band; above 1
             (1.3 in arXiv 2503.08040).
         stochastic_rounding: Round dY stochastically (unbiased, 2 to 3 dB more noise) instead of to nearest.
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
+        fuse_swiglu: Compute SwiGLU layers (``down(silu(gate(x)) * up(x))``) together with the quantization of what they
+            produce, as :mod:`lightning_int8.fusion` says; the results stay the same. Only with ``scaling="row"`` and
+            all three GEMMs in INT8; otherwise layers run one by one.
         outlier_threshold: Only for ``"vector"``: activation columns whose AbsMax exceeds this stay in the input's
             dtype (6.0 in LLM.int8()). ``None``: none do.
         backend: Which kernels run: ``"auto"`` chooses by device; ``"reference"`` is plain PyTorch; ``"triton"`` needs a
@@ -74,18 +81,20 @@ class Int8Recipe:
     block_size: int = 128
     activation_band: tuple[float, float] = (0.1, 0.3)
     gradient_band: tuple[float, float] = (0.1, 0.3)
+    budget: float | None = None
     threshold_factor: float = 1.3
     stochastic_rounding: bool = False
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
+    fuse_swiglu: bool = False
     outlier_threshold: float | None = None
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("scaling", self.scaling, get_args(Scaling))
         _check_choice("backend", self.backend, get_args(Backend))
-        for name in ("stochastic_rounding", "forward", "dgrad", "wgrad"):
+        for name in ("stochastic_rounding", "forward", "dgrad", "wgrad", "fuse_swiglu"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
@@ -97,6 +106,7 @@ class Int8Recipe:
             )
         for name in ("activation_band", "gradient_band"):
             object.__setattr__(self, name, _checked_band(name, getattr(self, name)))
+        self._check_budget()
         _check_number("threshold_factor", self.threshold_factor)
         if not 1.0 < self.threshold_factor <= 16.0:
             raise ValueError(
@@ -117,6 +127,22 @@ class Int8Recipe:
             raise ValueError(
                 "Int8Recipe(scaling='vector') has no block fallback: set activation_band and gradient_band to (0, 0), "
                 "or use scaling='row' or 'block'."
+            )
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            return
+        _check_number("budget", self.budget)
+        bands = (self.activation_band, self.gradient_band)
+        if not 0.0 < self.budget < 1.0:
+            raise ValueError(f"Int8Recipe.budget={self.budget} must be above 0 and below 1, such as 0.1.")
+        if self.scaling == "vector":
+            raise ValueError("Int8Recipe.budget needs scaling='row' or 'block': 'vector' has no block fallback.")
+        if any(low > 0 for low, _ in bands) or max(high for _, high in bands) < self.budget:
+            raise ValueError(
+                f"Int8Recipe.budget={self.budget} with activation_band={self.activation_band} and gradient_band="
+                f"{self.gradient_band}: under a budget the bands limit each operand's rate. They must start at 0 and "
+                "leave room above the budget, such as (0, 0.4) for a budget of 0.1."
             )
 
     def describe(self) -> str:

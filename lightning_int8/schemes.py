@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_int8.kernels import ops, swiglu_ops
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity
+from lightning_int8.kernels.power import measure_power
 from lightning_int8.recipe import Int8Recipe
 
 
@@ -85,7 +86,22 @@ class _BlockFallback:
     def _fallback(self, x: Tensor, band: tuple[float, float]) -> tuple[float, int]:
         """The rate that seeds a threshold, and how many of ``x``'s blocks may fall back."""
         blocks = blocks_along(x.shape[0], self.block) * blocks_along(x.shape[1], self.block)
-        return (band[0] + band[1]) / 2, fallback_capacity(blocks, band)
+        budget = self.recipe.budget
+        rate = (band[0] + band[1]) / 2 if budget is None else min(budget, band[1])
+        return rate, fallback_capacity(blocks, band)
+
+    def _measure_power(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        operand: int,
+        update: bool,
+        row_scale: Tensor | None = None,
+        column_scale: Tensor | None = None,
+    ) -> None:
+        """What a budget weighs the errors of ``diag(row_scale)·x·diag(column_scale)`` against."""
+        if self.recipe.budget is not None and state is not None:
+            measure_power(x, row_scale, column_scale, state, operand, update)
 
     def _matrix(
         self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
@@ -137,6 +153,10 @@ class RowScheme(_BlockFallback):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
         _, _, _, input_scale, int_max = saved or [None] * 5
+        if weight_scale is not None:
+            self._measure_power(dy, state, 1, update, column_scale=weight_scale)
+        if input_scale is not None:
+            self._measure_power(dy, state, 2, update, row_scale=input_scale)
         planes = ops.quantize_row_gradient(
             dy,
             weight_scale,
@@ -221,6 +241,7 @@ class BlockScheme(_BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
+        self._measure_power(x, state, 0, update)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             x, state, 0, rate, capacity, self.block, update, wgrad, False, backend
         )
@@ -238,6 +259,7 @@ class BlockScheme(_BlockFallback):
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+        self._measure_power(dy, state, 1, update)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             dy,
             state,

@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_int8 import budget
+from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM
 from lightning_int8.names import strip_wrappers
 from lightning_int8.recipe import Int8Recipe
 
-# Columns of FallbackState.tensor.
+# Columns of FallbackState.tensor; recipes with a budget have more, see budget.py.
 THRESHOLD, FALLBACK_BLOCKS, TOTAL_BLOCKS, RATE, STEP = range(5)
+COLUMNS = 5
 # A threshold stays in this range, so that a run of extreme steps cannot make it 0 or infinite for good.
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-30, 1e30
 # Smallest exponent of the factor that a threshold moves by, and how fast the exponent recovers.
@@ -35,23 +38,37 @@ class FallbackState:
     Attributes:
         recipe: The layer's recipe.
         operands: Names of the operands with a threshold, in the order of ``tensor``'s rows.
-        parts: Two float32 ``[len(operands), 5]`` on the layer's device, or ``None`` until a device is known: the first
-            is the forward's, which writes row 0 (X), the second the backward's, which writes the others. Two, because
-            a traced program can change a tensor either in its forward or in its backward. Columns: threshold (AbsMax,
-            in the operand's own unit; NaN before the first step seeds it), fallback blocks and total blocks since the
-            last update, fallback rate at the last update (NaN before), exponent of the factor it last moved by.
+        mmas: For each operand, the MMAs that one of its fallback blocks repeats, in any unit: its weight in a budget.
+        columns: Of ``tensor``: 5, and those of :mod:`lightning_int8.budget` for a recipe with a budget.
+        parts: Two float32 ``[len(operands), columns]`` on the layer's device, or ``None`` until a device is known: the
+            first is the forward's, which writes row 0 (X), the second the backward's, which writes the others. Two,
+            because a traced program can change a tensor either in its forward or in its backward. Columns: threshold
+            (AbsMax, in the operand's own unit; NaN before the first step seeds it), fallback blocks and total blocks
+            since the last update, fallback rate at the last update (NaN before), exponent of the factor it last moved
+            by.
     """
 
-    def __init__(self, recipe: Int8Recipe) -> None:
+    def __init__(self, recipe: Int8Recipe, features: tuple[int, int] = (1, 1)) -> None:
+        """Makes a state without thresholds.
+
+        Args:
+            recipe: The layer's recipe.
+            features: The layer's out-features and in-features.
+        """
         self.recipe = recipe
+        self.columns = COLUMNS if recipe.budget is None else budget.COLUMNS
         fallback = recipe.activation_band[1] > 0 or recipe.gradient_band[1] > 0
         self.operands: tuple[str, ...] = _OPERANDS[recipe.scaling] if fallback else ()
+        # X meets W in the forward and dY in the wgrad; dY meets W, with the in-features as columns, and X.
+        x, dgrad = features[0] * (recipe.forward + recipe.wgrad), features[1] * recipe.dgrad
+        wgrad = features[1] * recipe.wgrad
+        self.mmas = {"x": x, "dy_dgrad": dgrad, "dy_wgrad": wgrad, "dy": dgrad + wgrad}
         self.parts: tuple[Tensor, Tensor] | None = None
 
     @property
     def tensor(self) -> Tensor | None:
-        """A copy of the rows in use, float32 ``[len(operands), 5]``, or ``None`` until a device is known."""
-        return None if self.parts is None else rows_in_use([self.parts])
+        """A copy of the rows in use, float32 ``[len(operands), columns]``, or ``None`` until a device is known."""
+        return None if self.parts is None else rows_in_use([self.parts], self.columns)
 
     @property
     def device(self) -> torch.device | None:
@@ -65,11 +82,11 @@ class FallbackState:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``parts`` on ``device``, made on first use and moved when the layer has moved."""
         if self.parts is None:
-            fresh = torch.zeros(len(self.operands), 5)
+            fresh = torch.zeros(len(self.operands), self.columns)
             fresh[:, [THRESHOLD, RATE]] = float("nan")
             self._set(fresh, device)
         elif self.device != device:
-            self._set(rows_in_use([self.parts]), device)
+            self._set(rows_in_use([self.parts], self.columns), device)
         return self.parts  # type: ignore[return-value]
 
     def _set(self, tensor: Tensor, device: torch.device) -> None:
@@ -86,7 +103,7 @@ class FallbackState:
             gradient_factor: What the gradients' thresholds are multiplied by: the new loss scale over the old one.
         """
         for part in self.parts or ():
-            part[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
+            _clear_counts(part)
         self.scale_gradient_thresholds(gradient_factor)
 
     @torch.no_grad()
@@ -94,6 +111,8 @@ class FallbackState:
         """Multiplies the gradients' thresholds by ``factor``, when the unit of the gradients changed by it."""
         if self.parts is not None and factor != 1.0:
             self.parts[1][1:, THRESHOLD] *= factor
+            if self.recipe.budget is not None:
+                budget.scale_units(self.parts[1], factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a CPU tensor and plain types; empty until a device is known.
@@ -104,7 +123,7 @@ class FallbackState:
         if tensor is None or not self.operands:
             return {}
         tensor = tensor.cpu()
-        tensor[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
+        _clear_counts(tensor)
         return {"operands": list(self.operands), "tensor": tensor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,18 +135,24 @@ class FallbackState:
         if not state:
             self.parts = None
             return
-        if tuple(state["operands"]) != self.operands:
+        if tuple(state["operands"]) != self.operands or state["tensor"].shape[1] != self.columns:
             raise ValueError(
-                f"Thresholds for operands {list(state['operands'])} cannot be restored into a layer whose recipe "
-                f"{self.recipe.describe()} has {list(self.operands)}. Use the recipe the checkpoint was trained with, "
+                f"Thresholds for operands {list(state['operands'])} ({state['tensor'].shape[1]} numbers each) cannot "
+                f"be restored into a layer whose recipe {self.recipe.describe()} has {list(self.operands)} "
+                f"({self.columns} each). Use the recipe the checkpoint was trained with, "
                 "or drop the saved thresholds to seed new ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 
 
-def rows_in_use(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The operands' rows of several ``FallbackState.parts``, layer after layer: float32 ``[operands, 5]``, a copy."""
-    return torch.cat([rows for forward, backward in parts for rows in (forward[:1], backward[1:])])
+def rows_in_use(parts: Iterable[tuple[Tensor, Tensor]], columns: int = COLUMNS) -> Tensor:
+    """The operands' rows of several ``FallbackState.parts``, layer after layer: float32 ``[operands, columns]``."""
+    return torch.cat([rows[:, :columns] for forward, backward in parts for rows in (forward[:1], backward[1:])])
+
+
+def _clear_counts(tensor: Tensor) -> None:
+    tensor[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS]] = 0.0
+    tensor[:, POWER_SUM : POWER_COUNT + 1] = 0.0  # nothing without a budget
 
 
 def fallback_states(module: nn.Module) -> dict[str, FallbackState]:
@@ -149,12 +174,12 @@ def fallback_states(module: nn.Module) -> dict[str, FallbackState]:
 def update_thresholds(
     module: nn.Module | Iterable[FallbackState], process_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Moves every threshold whose measured fallback rate left its band, and starts counting anew.
+    """Moves every threshold whose measured fallback rate left its band (or towards its budget's price), counts anew.
 
     Call it once after each ``optimizer.step()``; the Lightning and Fabric plugins do. Runs on the device without a host
     synchronisation: a few kernels for the whole model. In a distributed run the counts of all ranks are summed (one
-    all-reduce of 4 floats an operand), and thresholds come out identical on every rank. Every rank must hold the same
-    layers and call this together.
+    all-reduce of 4 floats an operand, 6 under a budget), and thresholds come out identical on every rank. Every rank
+    must hold the same layers and call this together.
 
     Args:
         module: The converted module, or its fallback states.
@@ -172,19 +197,22 @@ def update_thresholds(
         for state in states:
             if state.device is None or state.device.type != home.type:
                 state.on(home)
-    by_device: dict[torch.device, list[FallbackState]] = {}
+    # A budget is shared by the layers that name it, as far as they compute in the same way.
+    groups: dict[tuple[torch.device, float | None, str], list[FallbackState]] = {}
     for state in states:
         if state.device is not None:
-            by_device.setdefault(state.device, []).append(state)
-    for device, group in by_device.items():
-        _update_on_device(group, device, distributed, process_group)
+            scaling = "" if state.recipe.budget is None else state.recipe.scaling
+            groups.setdefault((state.device, state.recipe.budget, scaling), []).append(state)
+    for (device, _, _), group in groups.items():
+        _update_group(group, device, distributed, process_group)
 
 
-def _update_on_device(
+def _update_group(
     states: list[FallbackState], device: torch.device, distributed: bool, process_group: dist.ProcessGroup | None
 ) -> None:
+    recipe, columns = states[0].recipe, states[0].columns
     parts = [state.on(device) for state in states]
-    table = rows_in_use(parts)
+    table = rows_in_use(parts, columns)
     limits = tuple((*s.band(operand), s.recipe.threshold_factor) for s in states for operand in s.operands)
     low, high, factor = _on_device(limits, device).unbind(1)
 
@@ -192,22 +220,33 @@ def _update_on_device(
     # Anything but a positive number says nothing about the next step: such a threshold is seeded again.
     seeded = threshold.isfinite() & (threshold > 0)
     threshold = threshold.where(seeded, float("nan"))
+    powers = table[:, POWER_SUM : POWER_COUNT + 1].unbind(1) if recipe.budget is not None else ()
     if distributed:
         # Thresholds differ between ranks only after each seeded its own: their mean is the common one.
-        packed = torch.stack([threshold.where(seeded, 0.0), seeded.float(), fallback, total])
+        packed = torch.stack([threshold.where(seeded, 0.0), seeded.float(), fallback, total, *powers])
         dist.all_reduce(packed, group=process_group)
         threshold = packed[0] / packed[1]  # 0 / 0: NaN, not seeded anywhere
-        fallback, total = packed[2], packed[3]
+        fallback, total, powers = packed[2], packed[3], packed[4:].unbind(0)
     rate = fallback / total  # 0 / 0 where nothing was counted: NaN, which compares false with both limits
     direction = (rate > high).float() - (rate < low).float()
-    last = table[:, STEP]
-    growing = torch.where(last == 0, 1.0, last.abs() * STEP_GROWTH).clamp_max(1.0)
-    size = torch.where(direction * last < 0, last.abs() / 2, growing).clamp_min(MIN_STEP)
-    step = torch.where(direction == 0, last, direction * size)
-    moved = torch.where(direction == 0, threshold, threshold * factor**step)
+    step = table[:, STEP]
+    extra = table[:, COLUMNS:]
+    if recipe.budget is None:
+        growing = torch.where(step == 0, 1.0, step.abs() * STEP_GROWTH).clamp_max(1.0)
+        size = torch.where(direction * step < 0, step.abs() / 2, growing).clamp_min(MIN_STEP)
+        step = torch.where(direction == 0, step, direction * size)
+        moved = torch.where(direction == 0, threshold, threshold * factor**step)
+    else:
+        weight = _on_device(tuple((float(s.mmas[operand]),) for s in states for operand in s.operands), device)[:, 0]
+        by_rows = recipe.scaling == "row"
+        moved, extra = budget.move_to_price(
+            table, threshold, (fallback, total, *powers), weight, (low, high, factor), recipe.budget, by_rows
+        )
+        extra = torch.cat([torch.zeros_like(extra[:, :2]), extra], dim=1)
     moved = moved.clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     new_rate = torch.where(total > 0, rate, table[:, RATE])
-    updated = torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved), new_rate, step], dim=1)
+    zero = torch.zeros_like(moved)
+    updated = torch.cat([torch.stack([moved, zero, zero, new_rate, step], dim=1), extra], dim=1)
     of_layer = updated.split([len(state.operands) for state in states])
     # Both parts hold every row, so that either shows the whole state between updates.
     torch._foreach_copy_([part for pair in parts for part in pair], [rows for rows in of_layer for _ in range(2)])
