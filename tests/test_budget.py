@@ -1,0 +1,172 @@
+"""A budget of fallback blocks: the mean rate comes to it, and blocks go where they remove the most error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
+from lightning_int8.budget import COLUMNS, POWER
+from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, measure_power
+from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS
+from tests.tiny import TinyModel, assert_same, batches, thresholds
+
+LIMIT = (0.0, 0.4)
+RECIPE = Int8Recipe(block_size=16, budget=0.1, activation_band=LIMIT, gradient_band=LIMIT)
+BLOCKS = 768
+CPU = torch.device("cpu")
+
+
+def simulate(draws: list[Callable[[Tensor], Tensor]], powers: list[float], steps: int, recipe: Int8Recipe) -> Tensor:
+    """Rates ``[steps, operands]`` of one layer whose operands' block AbsMax are ``draws`` of standard normals."""
+    generator = torch.Generator().manual_seed(0)
+    state = FallbackState(recipe)
+    rates = []
+    for _ in range(steps):
+        for row, (draw, power) in enumerate(zip(draws, powers, strict=True)):
+            part = state.on(CPU)[min(row, 1)][row]
+            amax = draw(torch.randn(BLOCKS, generator=generator))
+            if part[THRESHOLD].isnan():
+                part[THRESHOLD] = amax.quantile(0.9)
+            part[FALLBACK_BLOCKS] += (amax > part[THRESHOLD]).sum()
+            part[TOTAL_BLOCKS] += BLOCKS
+            part[POWER_SUM] += power
+            part[POWER_COUNT] += 1
+        update_thresholds([state])
+        assert state.tensor is not None
+        rates.append(state.tensor[:, RATE])
+    return torch.stack(rates)
+
+
+def spread(deviation: float, place: float = 4.0) -> Callable[[Tensor], Tensor]:
+    return lambda normal: place * torch.exp(deviation * normal)
+
+
+@pytest.mark.parametrize("scaling", ["row", "block"])
+def test_mean_rate_comes_to_the_budget_and_heavy_tails_get_most(scaling):
+    recipe = dataclasses.replace(RECIPE, scaling=scaling)
+    draws = [spread(0.05), spread(0.3), spread(1.0)][: 3 if scaling == "row" else 2]
+    rates = simulate(draws, [1.0] * len(draws), 150, recipe)[100:].mean(0)
+    weight = torch.tensor([2.0, 1.0, 1.0] if scaling == "row" else [2.0, 2.0])
+    assert (rates * weight).sum() / weight.sum() == pytest.approx(0.1, abs=0.015)
+    assert rates[0] < 0.03
+    assert rates[-1] > 2 * rates[0] + 0.1
+
+
+def test_no_operand_passes_its_limit():
+    rates = simulate([spread(0.05), spread(0.05), spread(2.0)], [1.0] * 3, 150, RECIPE)
+    assert 0.3 < rates[100:, 2].mean() < 0.43
+
+
+def test_errors_count_relative_to_the_power_of_the_operand():
+    """The same AbsMax values in an operand of a tenth the amplitude are ten times the outliers."""
+    rates = simulate([spread(0.05), spread(0.5), spread(0.5)], [1.0, 1.0, 0.01], 150, RECIPE)[100:].mean(0)
+    assert rates[2] > 2 * rates[1]
+
+
+def test_thresholds_follow_a_change_of_the_unit():
+    """What a loss scale multiplies the gradients with must not look like a change of the rate."""
+    state = FallbackState(RECIPE)
+    row = torch.zeros(3, COLUMNS)
+    row[:, [THRESHOLD, POWER]] = torch.tensor([2.0, 3.0])
+    state.load_state_dict({"operands": list(state.operands), "tensor": row})
+    state.discard_counts(gradient_factor=4.0)
+    assert state.tensor is not None
+    assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0, 8.0]
+    assert state.tensor[:, POWER].tolist() == [3.0, 48.0, 48.0]
+
+
+def test_power_is_the_mean_square_of_the_scaled_operand():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 48, generator=generator)
+    rows, columns = torch.rand(100, generator=generator), torch.rand(48, generator=generator)
+    state = torch.zeros(2, COLUMNS)
+    for scales in ((None, None), (rows, None), (None, columns)):
+        state.zero_()
+        measure_power(x, *scales, state, 1, True)
+        want = x * (1 if scales[0] is None else rows[:, None]) * (1 if scales[1] is None else columns)
+        torch.testing.assert_close(state[1, POWER_SUM], want.square().mean())
+        assert state[1, POWER_COUNT] == 1
+        assert not state[0].any()
+    x[3, 3] = float("inf")
+    measure_power(x, None, None, state, 1, True)
+    assert state[1].isfinite().all()
+    assert state[1, POWER_COUNT] == 1
+    before = state.clone()
+    measure_power(x.nan_to_num(), None, None, state, 1, False)
+    assert torch.equal(before, state)
+
+
+def test_sample_of_a_long_operand_is_not_all_first_tokens():
+    """Spikes on the first of every 128 tokens: 1 of 128 rows read must be one, not all or none."""
+    x = torch.ones(128 * 256, 8)
+    x[::128] = 100.0
+    state = torch.zeros(1, COLUMNS)
+    measure_power(x, None, None, state, 0, True)
+    assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
+
+
+@pytest.mark.parametrize("scaling", ["row", "block"])
+def test_training_under_a_budget_and_its_checkpoint(scaling):
+    recipe = dataclasses.replace(RECIPE, scaling=scaling)
+    models = [TinyModel(), TinyModel()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        convert_to_int8(model, recipe)
+
+    def step(model: TinyModel, seed: int) -> None:
+        x, _ = batches(2, seed)
+        model(x.exp().requires_grad_()).square().mean().backward()
+        update_thresholds(model)
+
+    for seed in range(3):
+        step(models[0], seed)
+    for name, state in fallback_states(models[1]).items():
+        state.load_state_dict(fallback_states(models[0])[name].state_dict())
+    for model in models:
+        step(model, 3)
+    assert_same(thresholds(models[0]), thresholds(models[1]))
+    moved = thresholds(models[0])["layers.0.up_proj"]
+    assert moved.shape[1] == COLUMNS
+    assert (moved[:, POWER] > 0).all()
+    assert not moved[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS, POWER_SUM, POWER_COUNT]].any()
+    fixed = FallbackState(dataclasses.replace(recipe, budget=None))
+    with pytest.raises(ValueError, match=r"14 numbers each.* \(5 each\)"):
+        fixed.load_state_dict(fallback_states(models[0])["lm_head"].state_dict())
+
+
+def test_a_traced_step_is_one_graph_and_counts_the_same():
+    eager, traced = TinyModel(), TinyModel()
+    traced.load_state_dict(eager.state_dict())
+    for model in (eager, traced):
+        convert_to_int8(model, RECIPE)
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    x, _ = batches(1)
+    for _ in range(2):
+        for model, run in ((eager, eager), (traced, compiled)):
+            run(x.clone().requires_grad_()).square().mean().backward()
+            update_thresholds(model)
+    assert_same(thresholds(eager), thresholds(traced))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"budget": "0.1"}, TypeError, "must be a number"),
+        ({"budget": 0.0, "activation_band": LIMIT}, ValueError, "above 0 and below 1"),
+        ({"budget": 0.1}, ValueError, "must start at 0"),
+        ({"budget": 0.5, "activation_band": LIMIT, "gradient_band": LIMIT}, ValueError, "room above the budget"),
+        (
+            {"budget": 0.1, "scaling": "vector", "activation_band": (0, 0), "gradient_band": (0, 0)},
+            ValueError,
+            "'vector' has no block fallback",
+        ),
+    ],
+)
+def test_wrong_budgets(fields, error, message):
+    with pytest.raises(error, match=message):
+        Int8Recipe(**fields)
