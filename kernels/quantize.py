@@ -26,12 +26,15 @@ _PLANES = {
     64: {"num_warps": 2, "PART": 64, "RUN": 4},
     128: {"num_warps": 4, "PART": 64, "RUN": 4},
 }
+_ROWS_AT_A_TIME = {block: {"num_warps": 1, "PART": 512 // block, "STAGES": 3} for block in BLOCKS}
 OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
     "block_planes": dict(_PLANES),
-    "gradient_statistics": {block: {"num_warps": 1, "PART": 512 // block, "STAGES": 3} for block in BLOCKS},
+    "gradient_statistics": dict(_ROWS_AT_A_TIME),
     "gradient_planes": dict(_PLANES),
+    "swiglu_statistics": dict(_ROWS_AT_A_TIME),
+    "swiglu_gradient_statistics": dict(_ROWS_AT_A_TIME),
 }
 SELECT_WARPS = 4
 # Rows whose scales one select program makes.
@@ -67,10 +70,10 @@ def quantize_row(
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]``, ``high_t [C, B, B]`` int8; ``slot [RB, QB]`` int32;
         ``scale [R]``, ``int_max [R]`` float32.
     """
-    x, rows, columns, row_blocks, column_blocks = _check(x, block)
+    x, rows, columns, row_blocks, column_blocks = check(x, block)
     statistics = MatrixStatistics.empty(x, capacity, block)
     if x.numel() > 0:
-        with _on(x):
+        with on(x):
             matrix_statistics[(row_blocks * column_blocks,)](
                 x, *statistics, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
             )
@@ -114,7 +117,7 @@ def row_from_statistics(
     transpose: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `quantize_row` does after its first read, given what that read found."""
-    x, rows, columns, row_blocks, column_blocks = _check(x, block)
+    x, rows, columns, row_blocks, column_blocks = check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
     scale, inverse, int_max = new.float32(rows), new.float32(rows), new.float32(rows)
@@ -122,7 +125,7 @@ def row_from_statistics(
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
     blocks = row_blocks * column_blocks
-    with _on(x):
+    with on(x):
         matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
             statistics.block_amax, _operand(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
             slot, None, None, statistics.amax, statistics.weight, _limit(columns), scale, inverse, int_max, rows,
@@ -172,11 +175,11 @@ def quantize_row_gradient(
         ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
         wanted comes back empty.
     """
-    dy, rows, columns, row_blocks, column_blocks = _check(dy, block)
+    dy, rows, columns, row_blocks, column_blocks = check(dy, block)
     has_a, has_g = weight_scale is not None, input_scale is not None
     statistics = GradientStatistics.empty(dy, has_a, has_g, bias, capacity, block)
     if dy.numel() > 0 and (has_a or has_g or bias):
-        with _on(dy):
+        with on(dy):
             gradient_statistics[(row_blocks * column_blocks,)](
                 dy, input_scale, input_int_max, weight_scale, *statistics, rows, columns, *dy.stride(),
                 B=block, **options("gradient_statistics", block),
@@ -199,10 +202,13 @@ class GradientStatistics(NamedTuple):
     column_sums: Tensor | None
 
     @classmethod
-    def empty(cls, dy: Tensor, a: bool, g: bool, bias: bool, capacity: int, block: int) -> GradientStatistics:
-        """Room for the statistics of ``dy`` as A and as G, uninitialized."""
+    def empty(
+        cls, dy: Tensor, a: bool, g: bool, bias: bool, capacity: int, block: int, copies: tuple[int, ...] = ()
+    ) -> GradientStatistics:
+        """Room for the statistics of ``dy`` as A and as G, or of ``copies`` like it, uninitialized."""
         rows, columns = dy.shape
-        new, row_blocks, column_blocks = _Allocator(dy.device), blocks_along(rows, block), blocks_along(columns, block)
+        new = _Allocator(dy.device, copies)
+        row_blocks, column_blocks = blocks_along(rows, block), blocks_along(columns, block)
         return cls(
             new.int32(column_blocks, rows) if a else None,
             new.float32(column_blocks, rows) if a and (capacity > 0 or _may_bind(columns)) else None,
@@ -228,7 +234,7 @@ def gradient_from_statistics(
     stochastic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `quantize_row_gradient` does after its first read, given what that read found."""
-    dy, rows, columns, row_blocks, column_blocks = _check(dy, block)
+    dy, rows, columns, row_blocks, column_blocks = check(dy, block)
     new = _Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
     has_a, has_g, bias = weight_scale is not None, input_scale is not None, statistics.column_sums is not None
@@ -255,7 +261,7 @@ def gradient_from_statistics(
     a_seed = new.int32(1) if has_a and stochastic else None
     g_seed = new.int32(1) if has_g and stochastic else None
     found = statistics
-    with _on(dy):
+    with on(dy):
         gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
             found.a_block_amax, _operand(state, 1), found.a_amax, found.a_weight, _limit(columns), a_slot, a_scale,
             a_inverse, a_seed, found.g_block_amax, _operand(state, 2), found.g_amax, found.g_weight, found.int_sums,
@@ -304,7 +310,7 @@ def quantize_block(
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]`` int8;
         ``slot [RB, QB]`` int32; ``scale [RB, QB]`` float32.
     """
-    x, rows, columns, row_blocks, column_blocks = _check(x, block)
+    x, rows, columns, row_blocks, column_blocks = check(x, block)
     new = _Allocator(x.device)
     low, low_t, high, high_t, slot = _planes(new, rows, columns, capacity, block, transpose)
     scale = new.float32(row_blocks, column_blocks)
@@ -312,7 +318,7 @@ def quantize_block(
         return low, low_t, high, high_t, slot, scale
     fallback, blocks = capacity > 0, row_blocks * column_blocks
     block_amax, seed = new.int32(row_blocks, column_blocks), new.int32(1) if stochastic else None
-    with _on(x):
+    with on(x):
         matrix_statistics[(blocks,)](
             x, None, None, block_amax, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
         )
@@ -332,20 +338,20 @@ def quantize_block(
 class _Allocator:
     """Uninitialized tensors on one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, copies: tuple[int, ...] = ()) -> None:
+        self.device, self.copies = device, copies
 
     def int8(self, *size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=self.device)
+        return torch.empty(self.copies + size, dtype=torch.int8, device=self.device)
 
     def int32(self, *size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=self.device)
+        return torch.empty(self.copies + size, dtype=torch.int32, device=self.device)
 
     def float32(self, *size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=self.device)
+        return torch.empty(self.copies + size, dtype=torch.float32, device=self.device)
 
 
-def _check(x: Tensor, block: int) -> tuple[Tensor, int, int, int, int]:
+def check(x: Tensor, block: int) -> tuple[Tensor, int, int, int, int]:
     """``x`` with strides that the kernels can take, and its size in elements and in blocks."""
     if block not in BLOCKS:
         raise ValueError(
@@ -396,7 +402,7 @@ def _operand(state: Tensor | None, operand: int) -> Tensor | None:
     return None if state is None else state[operand]
 
 
-def _on(x: Tensor) -> torch.cuda.device_of:
+def on(x: Tensor) -> torch.cuda.device_of:
     """Launches go to the current device; makes that the one of ``x`` (and does nothing on a CPU)."""
     return torch.cuda.device_of(x)
 

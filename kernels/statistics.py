@@ -36,6 +36,54 @@ def magnitude_bits(x):
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@triton.jit
+def _larger(a, b):
+    """The larger one, or NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_statistics(a, amax, weight, column_block, r, rows):
+    """Writes AbsMax and weighted sums of the rows ``r`` of a tile within ``column_block``; returns AbsMax as bits."""
+    by_row = tl.reduce(tl.abs(a), 1, _larger).to(tl.int32, bitcast=True)
+    out = column_block.to(tl.int64) * rows + r
+    if amax is not None:
+        tl.store(amax + out, by_row, mask=r < rows)
+    if weight is not None:
+        tl.store(weight + out, tl.sum(tl.abs(a) * _PLAIN_WEIGHT, 1), mask=r < rows)
+    return by_row
+
+
+@triton.jit
+def fold_rows(tile):
+    """``[PART, B]`` as ``[2, PART / 2, B]``, such that a warp adds or compares the halves without exchanging anything.
+
+    A warp's 16-byte loads cover half of a 16-bit tile of 512 elements, so each thread holds the same place of both.
+    """
+    return tl.reshape(tile, [2, tile.shape[0] // 2, tile.shape[1]])
+
+
+@triton.jit
+def column_statistics(tile, fold, int_max, largest, weighted):
+    """Adds rows ``[PART, B]`` of ``G = dY·s`` to the AbsMax and weighted sums ``[PART / 2, B]`` of its columns."""
+    g = tl.abs(tile * fold[:, None])
+    largest = _larger(largest, tl.reduce(fold_rows(g), 0, _larger))
+    return largest, weighted + tl.sum(fold_rows(g * (int_max * 4.656612873077393e-10)[:, None]), 0)
+
+
+@triton.jit
+def store_column_statistics(
+    largest, weighted, amax, weight, block_amax, row_block, column_block, rows, columns, B: tl.constexpr
+):
+    """Writes what `column_statistics` has gathered of one block."""
+    bits = tl.max(largest.to(tl.int32, bitcast=True), 0)
+    c = column_block * B + tl.arange(0, B)
+    out = row_block.to(tl.int64) * columns + c
+    tl.store(amax + out, bits, mask=c < columns)
+    tl.store(weight + out, tl.sum(weighted, 0), mask=c < columns)
+    tl.store(block_amax + column_block * tl.cdiv(rows, B) + row_block, tl.max(bits, 0))
+
+
 @CachedLaunch
 @triton.jit
 def matrix_statistics(
@@ -92,11 +140,9 @@ def gradient_statistics(
 ):
     """Statistics of one ``B×B`` block of ``dy [M, N]`` in both directions: of ``A = dY·t`` and ``G = (dY·s)ᵀ``.
 
-    Takes ``PART`` rows at a time, which completes the rows' statistics, and keeps those of the columns element by
-    element until the end, since reductions across a tile's rows are the expensive ones.
+    One warp takes ``PART`` rows at a time, which completes the rows' statistics, and adds them to those of the columns.
     """
     pid = tl.program_id(0)
-    row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
     row_block = pid // column_blocks
     column_block = pid % column_blocks
@@ -106,38 +152,30 @@ def gradient_statistics(
     if column_fold is not None:
         fold_c = tl.load(column_fold + c, mask=c < columns, other=0.0)
     a_largest = tl.zeros([PART], tl.int32)
-    g_largest = tl.zeros([PART, B], tl.int32)
-    g_sum = tl.zeros([PART, B], tl.float32)
-    dy_sum = tl.zeros([PART, B], tl.float32)
+    g_largest = tl.zeros([PART // 2, B], tl.float32)
+    g_weighted = tl.zeros([PART // 2, B], tl.float32)
+    dy_sum = tl.zeros([PART // 2, B], tl.float32)
     int_sum = tl.zeros([PART], tl.float32)
     for start in tl.range(0, B, PART, num_stages=STAGES):
         tile = load_tile(dy, row_block * B + start, column_block * B, i, j, rows, columns, stride_r, stride_c)
         r = row_block * B + start + i
         if column_fold is not None:
-            a = tile * fold_c[None, :]
-            by_row = tl.max(magnitude_bits(a), 1)
-            a_out = column_block.to(tl.int64) * rows + r
-            tl.store(a_amax + a_out, by_row, mask=r < rows)
+            by_row = row_statistics(tile * fold_c[None, :], a_amax, a_weight, column_block, r, rows)
             a_largest = tl.maximum(a_largest, by_row)
-            if a_weight is not None:
-                tl.store(a_weight + a_out, tl.sum(tl.abs(a) * _PLAIN_WEIGHT, 1), mask=r < rows)
         if row_fold is not None:
-            g = tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]
+            fold_r = tl.load(row_fold + r, mask=r < rows, other=0.0)
             int_max = tl.load(row_int_max + r, mask=r < rows, other=0.0)
-            g_largest = tl.maximum(g_largest, magnitude_bits(g))
-            g_sum += tl.abs(g) * (int_max * 4.656612873077393e-10)[:, None]
+            g_largest, g_weighted = column_statistics(tile, fold_r, int_max, g_largest, g_weighted)
             int_sum += int_max
         if column_sums is not None:
-            dy_sum += tile
-    g_out = row_block.to(tl.int64) * columns + c
+            dy_sum += tl.sum(fold_rows(tile), 0)
     if column_fold is not None:
         tl.store(a_block_amax + pid, tl.max(a_largest, 0))
     if row_fold is not None:
-        by_column = tl.max(g_largest, 0)
-        tl.store(g_amax + g_out, by_column, mask=c < columns)
-        tl.store(g_block_amax + column_block * row_blocks + row_block, tl.max(by_column, 0))
-        tl.store(g_weight + g_out, tl.sum(g_sum, 0), mask=c < columns)
+        store_column_statistics(
+            g_largest, g_weighted, g_amax, g_weight, g_block_amax, row_block, column_block, rows, columns, B
+        )
         if column_block == 0:
             tl.store(int_sums + row_block, tl.sum(int_sum, 0))
     if column_sums is not None:
-        tl.store(column_sums + g_out, tl.sum(dy_sum, 0), mask=c < columns)
+        tl.store(column_sums + row_block.to(tl.int64) * columns + c, tl.sum(dy_sum, 0), mask=c < columns)

@@ -1,0 +1,104 @@
+"""The fused SwiGLU kernels against PyTorch's activation and the quantize kernels, integer for integer.
+
+Without a GPU they run in Triton's interpreter, in a process of its own: see `test_gemm`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("LIGHTNING_INT8_TEST_INTERPRETED") == "swiglu"
+
+if not INTERPRETED and not torch.cuda.is_available():
+
+    def test_in_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "LIGHTNING_INT8_TEST_INTERPRETED": "swiglu"}
+        for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "LIGHTNING_INT8_BACKEND"):
+            environment.pop(name, None)
+        done = subprocess.run(
+            [*command, str(Path(__file__))], capture_output=True, text=True, env=environment, timeout=280
+        )
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    from lightning_int8.kernels import quantize, swiglu, swiglu_reference
+    from tests.assertions import EXACT, assert_close
+
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    # The interpreter's exp is another than PyTorch's, and it truncates to bfloat16.
+    SQNR = 65 if INTERPRETED else EXACT
+    DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
+
+    def tensors(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        torch.manual_seed(rows)
+        gate, up, dh = (torch.randn(rows, columns) * factor for factor in (4, 1, 0.1))
+        gate[rows // 2, 3] = 60.0
+        gate[rows // 2, 4] = -95.0
+        up[:, columns // 2] *= 20
+        return [t.to(DEVICE, dtype) for t in (gate, up, dh)]
+
+    def assert_planes_equal(name, wanted, got, slots, highs):
+        for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+            if i in highs:
+                used = int((wanted[slots[highs.index(i)]] >= 0).sum())
+                a, b = a[:used], b[:used]
+            assert_close(f"{name} {i}", a, b, EXACT, check_dtype=True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("shape", "capacity"), [((70, 50, 32), 3), ((64, 70, 64), 0)])
+    def test_forward(shape, dtype, capacity):
+        rows, columns, block = shape
+        gate, up, _ = tensors(rows, columns, dtype)
+        states = [torch.tensor([[float("nan"), 1.0, 2.0, 0.0, 0.0]], device=DEVICE) for _ in range(2)]
+        rest = 0, 0.3, capacity, block, True, True
+        h, *planes = swiglu.swiglu_row(gate, up.t().contiguous().t(), states[0], *rest)
+        assert_close("h", swiglu_reference.swiglu_row(gate, up, None, *rest)[0], h, SQNR, check_dtype=True)
+        wanted = quantize.quantize_row(h, states[1], *rest)
+        assert_planes_equal("planes", wanted, planes, (4, 4), (2, 3))
+        assert_close("state", states[1], states[0], EXACT)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("shape", "dgrad", "wgrad", "bias", "capacity", "stochastic"),
+        [
+            ((70, 50, 32), True, True, True, 3, False),
+            ((64, 70, 64), True, True, False, 0, True),
+            ((33, 32, 32), True, False, False, 3, True),
+            ((33, 32, 32), False, True, True, 3, False),
+        ],
+    )
+    def test_backward(shape, dtype, dgrad, wgrad, bias, capacity, stochastic, monkeypatch):
+        rows, columns, block = shape
+        gate, up, dh = tensors(rows, columns, dtype)
+        scales = [torch.rand(columns, device=DEVICE) if dgrad else None for _ in range(2)]
+        s = torch.rand(rows, device=DEVICE) if wgrad else None
+        m = torch.randint(0, 32513, (rows,), device=DEVICE).float() if wgrad else None
+        states = [torch.full((3, 5), float("nan"), device=DEVICE) for _ in range(4)]
+        for state in states:
+            state[:, 1:] = 1.0
+        rest = 0.3, capacity, block, True, stochastic
+        gradients = []
+        finish = quantize.gradient_from_statistics
+        monkeypatch.setattr(
+            swiglu, "gradient_from_statistics", lambda dy, *a: (gradients.append(dy), finish(dy, *a))[1]
+        )
+        got = swiglu.swiglu_row_gradient(dh, gate, up, *scales, s, m, *states[:2], *rest, bias)
+        exact = torch.ops.aten.silu_backward(dh * up, gate), dh * torch.nn.functional.silu(gate)
+        for i, name in enumerate(("dgate", "dup")):
+            assert_close(name, exact[i], gradients[i], SQNR, check_dtype=True)
+            wanted = quantize.quantize_row_gradient(gradients[i], scales[i], s, m, states[2 + i], *rest, bias)
+            assert_planes_equal(name, wanted, got[9 * i : 9 * i + 9], (2, 6), (1, 5))
+            assert_close("state", states[2 + i], states[i], EXACT)
+
+    def test_what_it_cannot_take_is_said():
+        x = torch.ones(4, 4, device=DEVICE)
+        with pytest.raises(ValueError, match=r"one shape and one dtype.*float32 \(4, 4\), torch.float16 \(4, 4\)"):
+            swiglu.swiglu_row(x, x.half(), None, 0, 0.2, 0, 32, True, True)
