@@ -46,12 +46,15 @@ def check_min_features(min_features: MinFeatures) -> MinFeatures:
 def least_features(min_features: MinFeatures, recipe: Int8Recipe, device: torch.device) -> tuple[int, str]:
     """The least effective features of a layer to convert, and where that number is from.
 
-    On anything but a CUDA device ``"auto"`` is 0: there INT8 is not for speed.
+    A model that is still on the CPU, as Fabric hands it over, is taken to be on its way to the current CUDA device. On
+    a machine without one ``"auto"`` is 0: there INT8 is not for speed.
     """
     if min_features != "auto":
         return min_features, f"min_features={min_features}"
-    if device.type != "cuda":
+    if not torch.cuda.is_available():
         return 0, f"min_features='auto' on {device.type}"
+    if device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability(device)
     name = f"sm_{capability[0]}{capability[1]}"
     measured = MEASURED.get(capability, {}).get(recipe.scaling) if recipe.block_size == 128 else None

@@ -31,14 +31,19 @@ def test_layers_below_an_integer_stay_and_the_report_says_why() -> None:
     assert convert_to_int8(net, min_features=64).newly_converted == ()
 
 
-def test_auto_converts_all_where_there_is_no_gpu() -> None:
+def test_auto_converts_all_where_there_is_no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert len(convert_to_int8(model(), min_features="auto").converted) == 4
 
 
 def test_auto_takes_what_was_measured_for_the_gpu_and_the_scaling(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(small_layers, "MEASURED", {(9, 0): {"row": 100}})
     cuda = torch.device("cuda", 0)
+    # Fabric converts a model before it moves it.
+    assert small_layers.least_features("auto", resolve_recipe("row"), torch.device("cpu"))[0] == 100
     assert small_layers.least_features("auto", resolve_recipe("row"), cuda) == (
         100,
         "min_features='auto', 100 on sm_90",
