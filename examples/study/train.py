@@ -19,7 +19,7 @@ from examples.recorder import Recorder
 from examples.study.corpus import StudyData
 from examples.study.module import StudyModule
 from examples.study.plan import Float8, Run
-from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor
+from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor, Int8Linear
 from lightning_int8.checkpoint import VerifiedCheckpointIO
 from lightning_int8.plugin_core import OuterPrecision
 
@@ -69,6 +69,7 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
         ),
     ]
     precision: OuterPrecision = "bf16-mixed" if on_gpu else "32-true"
+    monitor: FallbackRateMonitor | None = None
     plugins: list[Any] = [VerifiedCheckpointIO()]
     options: dict[str, Any] = {}
     if run.recipe is None:
@@ -76,7 +77,8 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
     else:
         plugins.append(FallbackInt8Precision(recipe=run.recipe, precision=precision, ignore_modules=IGNORED))
         if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
-            callbacks.append(FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder)))
+            monitor = FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder))
+            callbacks.append(monitor)
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=1,
@@ -105,6 +107,7 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
         "steps": steps,
         "val_loss": curve.final_val_loss,
         "train_loss": curve.final_train_loss,
+        "extra_mmas": None if monitor is None else extra_mmas(module, monitor),
         "tokens_per_second": curve.tokens_per_second,
         "seconds": time.perf_counter() - began,
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
@@ -118,6 +121,30 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
     partial.replace(folder / "result.json")
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def extra_mmas(module: L.LightningModule, monitor: FallbackRateMonitor) -> float:
+    """MMAs of fallback blocks over those of the products themselves, for all GEMMs of the run together.
+
+    A layer that reads its sibling's planes has no rate of its own for X and repeats the sibling's blocks. Blocks where
+    both operands of a wgrad have fallen back are counted as if the two were independent.
+    """
+    rates = dict(zip(monitor.labels, monitor.rates.nanmean(0).tolist(), strict=True))
+    plain = extra = x = 0.0
+    for name, child in module.named_modules():
+        if not isinstance(child, Int8Linear):
+            continue
+        own = rates.get((name, "x"), 0.0)
+        x = x if math.isnan(own) else own
+        dgrad, wgrad = (
+            rates.get((name, operand), rates.get((name, "dy"), 0.0)) for operand in ("dy_dgrad", "dy_wgrad")
+        )
+        # The input of the first layer may need no gradient.
+        dgrad, wgrad = (0.0 if math.isnan(rate) else rate for rate in (dgrad, wgrad))
+        both = x * wgrad if child.int8_recipe.scaling == "row" else 0.0
+        plain += 3 * child.in_features * child.out_features
+        extra += child.in_features * child.out_features * (2 * x + dgrad + wgrad + both)
+    return extra / plain
 
 
 def _check_digest(folder: Path, digest: str) -> None:
