@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import lightning.fabric.plugins.precision as fabric_plugins
 import torch
@@ -19,13 +20,16 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
     """Trains with INT8 GEMMs and block fallback: ``Fabric(plugins=FabricFallbackInt8Precision())``.
 
     ``fabric.setup`` converts the model in place, so optimizers may exist already; each step of an optimizer that Fabric
-    has set up moves the thresholds. Fabric saves what it is given: to resume exactly, name the plugin beside the rest::
+    has set up moves the thresholds. Fabric saves what it is given: to resume exactly, save the plugin's state too::
 
         plugin = FabricFallbackInt8Precision()
         fabric = Fabric(plugins=plugin)
         model, optimizer = fabric.setup(model, optimizer)
-        state = {"model": model, "optimizer": optimizer, "int8": plugin}
-        fabric.save("last.ckpt", state)  # and fabric.load("last.ckpt", state)
+        state = {"model": model, "optimizer": optimizer}
+        fabric.save("last.ckpt", state | {"int8": plugin.state_dict()})
+        plugin.load_state_dict(fabric.load("last.ckpt", state)["int8"])
+
+    (With the plugin itself in ``state`` Fabric would not restore it from sharded checkpoints.)
 
     Args:
         recipe: How the linear layers are quantized. A preset's name ("row", "block", "jetfire", "rowwise",
@@ -38,6 +42,8 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         min_features: Layers whose effective features, 2·in·out / (in + out) (a square layer's width), are fewer than
             this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
             GPU; 0: none.
+        keep_weights: Whether each weight's INT8 planes (two bytes a weight) are kept from the first micro-batch to the
+            optimizer step instead of made twice for each. "auto": no. Sharded weights never are.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -56,10 +62,11 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
         min_features: MinFeatures = 0,
+        keep_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         # "32-true" here: any scaler is made later, when it is known whether gradients are sharded and on what device.
         FSDPPrecision.__init__(self, "32-true")
-        self._init_core(recipe, precision, ignore_modules, min_features)
+        self._init_core(recipe, precision, ignore_modules, min_features, keep_weights)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it."""
@@ -67,6 +74,12 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
             module.to(torch.bfloat16)
         self._convert(module)
         return module
+
+    def forward_context(self) -> AbstractContextManager:
+        """Around each forward of a module that Fabric has set up."""
+        outer = super().forward_context()
+        self._refresh_weights()
+        return outer
 
     def optimizer_step(self, optimizer: Optimizable, **kwargs: Any) -> Any:
         """Runs the optimizer step, then moves the thresholds.

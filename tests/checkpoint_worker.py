@@ -155,6 +155,7 @@ def main() -> None:
         results[f"plain {name} > {name}"] = run(folder, device, name, 2, saved)
         results[f"{name} > plain {name}"] = run(folder, device, name, 2, folder / name, int8=False)
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every strategy, full and sharded, resumed in every other one: two gloo processes, one run for all.
+"""Checkpoints of every strategy, full and sharded, resumed in every other one: two processes, one run for all.
 
 What each resumed run is compared with: one device that goes through the same batches without an interruption.
 """
@@ -14,29 +14,31 @@ import torch
 from lightning_int8 import consolidate_checkpoint
 from tests.checkpoint_worker import CLIP, PAIRS, PLAIN, STEPS, STRATEGIES, run
 from tests.tiny import assert_same
-from tests.two_processes import launch, logs
+from tests.two_processes import DEVICES, launch, logs
 
 RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=DEVICES)
+def one_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The three phases, in INT8 and (the second and third) in full precision; and the folder of their checkpoints."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    run(folder, "cpu", "single", 0, None, save=folder / "single")
-    phases: dict[str, Any] = {"folder": folder}
-    phases["int8 1"] = run(folder, "cpu", "single", 1, folder / "single", save=folder / "single 1")
-    phases["int8 2"] = run(folder, "cpu", "single", 2, folder / "single 1")
-    phases["plain 1"] = run(folder, "cpu", "single", 1, folder / "single", int8=False, save=folder / "plain 1")
-    phases["plain to int8"] = run(folder, "cpu", "single", 2, folder / "plain 1")
-    phases["int8 to plain"] = run(folder, "cpu", "single", 2, folder / "single 1", int8=False)
-    return phases
+    folder, device = tmp_path_factory.mktemp("checkpoints"), request.param
+    run(folder, device, "single", 0, None, save=folder / "single")
+    return {
+        "folder": folder,
+        "device": device,
+        "int8 1": run(folder, device, "single", 1, folder / "single", save=folder / "single 1"),
+        "int8 2": run(folder, device, "single", 2, folder / "single 1"),
+        "plain 1": run(folder, device, "single", 1, folder / "single", int8=False, save=folder / "plain 1"),
+        "plain to int8": run(folder, device, "single", 2, folder / "plain 1"),
+        "int8 to plain": run(folder, device, "single", 2, folder / "single 1", int8=False),
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks(one_device: dict[str, Any]) -> list[dict[str, Any]]:
-    folder = one_device["folder"]
-    if any(launch("tests.checkpoint_worker", folder, "cpu")):
+    folder, device = one_device["folder"], one_device["device"]
+    if any(launch("tests.checkpoint_worker", folder, device, gpus=device == "gpu")):
         pytest.fail(logs(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 

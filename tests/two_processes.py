@@ -1,4 +1,4 @@
-"""Starts a module as two gloo processes with torchrun's environment variables, and waits for both."""
+"""Starts a module as two processes with torchrun's environment variables, and waits for both."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
-def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0) -> list[int]:
-    """Runs ``python -m module folder arguments`` twice, as ranks 0 and 1, on this machine's CPU.
+# For fixtures: what their tests run on, gloo and a CPU or NCCL and two GPUs.
+DEVICES = (
+    "cpu",
+    pytest.param(
+        "gpu",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one machine (NCCL)"),
+        ],
+    ),
+)
+
+
+def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0, gpus: bool = False) -> list[int]:
+    """Runs ``python -m module folder arguments`` twice, as ranks 0 and 1, on this machine's CPU or ``gpus``.
 
     Returns:
         The exit codes; output is in ``folder/rank0.log`` and ``folder/rank1.log``.
@@ -25,7 +41,8 @@ def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0) -
         **os.environ,
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
         **{"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        **{"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
+        **{"GLOO_SOCKET_IFNAME": "lo"},
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
     workers = []
     for rank in range(2):
