@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "gradient_statistics": dict(_ROWS_AT_A_TIME),
     "gradient_planes": dict(_PLANES),
     "swiglu_statistics": dict(_ROWS_AT_A_TIME),
-    "swiglu_gradient_statistics": dict(_ROWS_AT_A_TIME),
+    "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }
 SELECT_WARPS = 4
 # Rows whose scales one select program makes.

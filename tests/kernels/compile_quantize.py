@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_int8.kernels import quantize
+from lightning_int8.kernels import quantize, swiglu
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
@@ -26,6 +26,9 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     quantize.quantize_block(x, state, 0, 0.2, capacity, block, True, True, stochastic)
     s, t = torch.empty(rows), torch.empty(columns)
     quantize.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
+    if dtype is not torch.float64 and not transposed:
+        swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
+        swiglu.swiglu_row_gradient(x, x, x, t, t, s, s, state, state, 0.2, capacity, block, True, stochastic, True)
 
 
 def main(capabilities: list[int]) -> int:
