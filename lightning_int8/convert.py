@@ -6,6 +6,7 @@ its class, so parameters, optimizers, tied weights, hooks, wrappers and checkpoi
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_int8.fusion import fuse_swiglu
 from lightning_int8.kernels import backends
 from lightning_int8.linear import Int8Linear, is_plain_linear
 from lightning_int8.names import matches, near, strip_wrappers
@@ -84,6 +86,9 @@ def convert_to_int8(
     for linear in to_convert:
         Int8Linear.swap(linear, recipe)
     share_inputs(m for m in names if sum(isinstance(child, Int8Linear) for child in m.children()) > 1)
+    if recipe.fuse_swiglu:
+        fused = tuple(aliases[0] for child, aliases in names.items() if fuse_swiglu(child))
+        report = dataclasses.replace(report, fused=fused)
     if to_convert:
         _warn_of_bypasses(names, patterns)
     return report

@@ -44,10 +44,12 @@ class ConversionReport:
     Attributes:
         recipe: The recipe, as :meth:`Int8Recipe.describe` names it.
         rows: One entry a layer, in module order.
+        fused: Names of the SwiGLU modules that :func:`lightning_int8.fusion.fuse_swiglu` has found.
     """
 
     recipe: str
     rows: tuple[LayerReport, ...]
+    fused: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -79,6 +81,8 @@ class ConversionReport:
         kernels = sorted({row.backend for row in self.rows if row.backend})
         if kernels:
             line += f"; {', '.join(kernels)} kernels"
+        if self.fused:
+            line += f"; SwiGLU fused in {_abridged([name or 'the module itself' for name in self.fused])}"
         groups: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             groups.setdefault(reason, []).append(name)

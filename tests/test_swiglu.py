@@ -1,0 +1,208 @@
+"""Fused SwiGLU layers: found by what they compute, equal to their layers one by one, and safe where that is not so."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import lightning_int8.fusion as fusion
+from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8.fusion import is_fused
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(48, 80, bias=bias), nn.Linear(48, 80, bias=bias)
+        self.down_proj = nn.Linear(80, 48, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def converted(cls: type[nn.Module] = SwiGLU, fuse: bool = True, **options: bool) -> nn.Module:
+    torch.manual_seed(1)
+    module = cls(**options)
+    report = convert_to_int8(module, {"block_size": 16, "fuse_swiglu": fuse})
+    assert report.fused == (("",) if is_fused(module) else ())
+    return module
+
+
+def run(module: nn.Module, x: Tensor, forward=None, autocast: torch.dtype | None = None) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = (forward or module)(x)
+    y.float().square().sum().backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    states = [state.tensor.nan_to_num(-1) for state in fallback_states(module).values()]
+    return [y.detach(), x.grad, *gradients, *states]
+
+
+def assert_equal(wanted: list[Tensor], got: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), i
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    original = fusion.int8_swiglu
+    monkeypatch.setattr(fusion, "int8_swiglu", lambda *a: (calls.append(1), original(*a))[1])
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_the_layers_one_by_one(fused_calls, bias, autocast):
+    apart, fused = converted(fuse=False, bias=bias), converted(bias=bias)
+    x = torch.randn(2, 20, 48)
+    for _ in range(2):
+        assert_equal(run(apart, x, autocast=autocast), run(fused, x, autocast=autocast))
+    assert len(fused_calls) == 2
+    assert fused.state_dict().keys() == SwiGLU(bias).state_dict().keys()
+
+
+@pytest.mark.parametrize("frozen", [(), ("gate_proj", "up_proj"), ("down_proj",)])
+def test_frozen_weights_and_inference(fused_calls, frozen):
+    apart, fused = converted(fuse=False), converted()
+    x = torch.randn(40, 48)
+    for module in (apart, fused):
+        for name in frozen:
+            getattr(module, name).requires_grad_(False)
+    assert_equal(run(apart, x), run(fused, x))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(apart.eval()(x), fused.eval()(x))
+    assert len(fused_calls) == 3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_and_compiled(checkpointed, compiled):
+    apart, fused = converted(fuse=False), converted()
+    forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else lambda t: fused(t)
+    if compiled:
+        torch._dynamo.reset()
+        forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    x = torch.randn(40, 48)
+    for _ in range(2):
+        assert_equal(run(apart, x), run(fused, x, forward))
+
+
+def test_the_activation_and_its_planes_are_made_once():
+    # One statistics pass less only counts if nobody quantizes the result again.
+    from lightning_int8.kernels import ops
+
+    module, seen = converted(), []
+    original = ops.quantize_row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "quantize_row", lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
+        module(torch.randn(40, 48))
+    assert (40, 48) in seen
+    assert (40, 80) not in seen
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+def test_layers_of_transformers(fused_calls, name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, hidden_act="silu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = getattr(transformers, f"{name}ForCausalLM")(config)
+    outputs = []
+    for fuse in (False, True):
+        model = copy.deepcopy(plain)
+        report = convert_to_int8(model, {"block_size": 16, "fuse_swiglu": fuse}, ignore_modules=["lm_head"])
+        assert report.fused == (("model.layers.0.mlp",) if fuse else ())
+        outputs.append(model(torch.arange(32).view(2, 16), labels=torch.arange(32).view(2, 16)).loss)
+    assert fused_calls
+    assert torch.equal(*outputs)
+    assert "SwiGLU fused in model.layers.0.mlp" in report.summary()
+
+
+class Gelu(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Scaled(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x) * 2)
+
+
+class OtherInput(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x + 1))
+
+
+class Keeping(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.gate_proj(x)
+        return self.down_proj(F.silu(self.last) * self.up_proj(x))
+
+
+class Branching(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("cls", [Gelu, Scaled, OtherInput, Keeping, Branching])
+def test_other_layers_are_left_alone(cls):
+    module = converted(cls)
+    assert not is_fused(module)
+    assert type(module) is cls
+    assert not hasattr(module, "last")
+
+
+def hooked(module: nn.Module) -> list:
+    seen: list = []
+    module.up_proj.register_forward_hook(lambda *a: seen.append(a))
+    return seen
+
+
+def test_hooks_on_a_projection_still_run(fused_calls):
+    apart, fused = converted(fuse=False), converted()
+    seen = hooked(fused)
+    x = torch.randn(40, 48)
+    assert_equal(run(apart, x), run(fused, x))
+    assert len(seen) == 1
+    assert not fused_calls
+
+
+def test_a_replaced_projection_is_called(fused_calls):
+    fused = converted()
+    fused.up_proj = nn.Sequential(fused.up_proj, nn.Identity())
+    apart = converted(fuse=False)
+    x = torch.randn(40, 48)
+    assert_equal(run(apart, x)[:2], run(fused, x)[:2])
+    assert not fused_calls
+
+
+def test_the_layers_own_errors_and_the_empty_batch(fused_calls):
+    fused = converted()
+    with pytest.raises(ValueError, match="47 features"):
+        fused(torch.randn(4, 47))
+    with pytest.raises(TypeError, match=r"x is torch.float16 but weight is torch.float32"):
+        fused(torch.randn(4, 48).half())
+    assert fused(torch.empty(0, 48)).shape == (0, 48)
+    assert not fused_calls
+
+
+def test_copies_and_pickles_stay_fused(fused_calls):
+    fused = converted()
+    x = torch.randn(40, 48)
+    wanted = fused.eval()(x)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(twin(x), wanted)
+        assert isinstance(twin, SwiGLU)
+    assert len(fused_calls) == 3
