@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import quantize
+from lightning_int8.kernels import quantize, swiglu
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 
 
@@ -74,13 +74,34 @@ class Case:
         self.run: Callable[[], Sequence[torch.Tensor]]
         out: Sequence[torch.Tensor]
         stochastic = op.endswith("stochastic")
-        if op.startswith("gradient"):
+        reads = 2 * x.nbytes
+        gradient_partial = 4 * (2 * rows * blocks_along(columns, block) + 2 * columns * blocks_along(rows, block))
+        if op == "swiglu":
+            up = torch.randn_like(x)
+            self.run = lambda: swiglu.swiglu_row(x, up, state, 0, rate, capacity, block, True, True)
+            _, *out = self.run()
+            fallen = int((out[4] >= 0).sum()) * 2
+            partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
+            # Gate, up and h are read, h is written.
+            reads = 4 * x.nbytes
+        elif op == "swiglu gradient":
+            gate, up = torch.randn_like(x), torch.randn_like(x)
+            other = state.clone()
+            self.run = lambda: swiglu.swiglu_row_gradient(
+                x, gate, up, t, t, s, m, state, other, rate, capacity, block, True, False, False
+            )
+            out = self.run()
+            fallen = sum(int((out[i] >= 0).sum()) for i in (2, 6, 11, 15))
+            partial = 2 * gradient_partial
+            # dH, gate, up and both gradients are read, both gradients are written.
+            reads = 7 * x.nbytes
+        elif op.startswith("gradient"):
             arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True
             self.run = lambda: quantize.quantize_row_gradient(*arguments)
             out = self.run()
             fallen = int((out[2] >= 0).sum() + (out[6] >= 0).sum())
             # AbsMax and weighted sums both ways, and sums of columns.
-            partial = 4 * (2 * rows * blocks_along(columns, block) + 3 * columns * blocks_along(rows, block))
+            partial = gradient_partial + 4 * columns * blocks_along(rows, block)
         elif op.startswith("row"):
             transpose = op != "row, one layout"
             self.run = lambda: quantize.quantize_row(x, state, 0, rate, capacity, block, True, transpose)
@@ -92,7 +113,7 @@ class Case:
             out = self.run()
             fallen, partial = int((out[4] >= 0).sum()) * 2, 0
         written = sum(t.nbytes for t in out if t.dim() != 3) + fallen * block * block
-        self.bytes = 2 * x.nbytes + written + 2 * partial
+        self.bytes = reads + written + 2 * partial
 
 
 def main() -> None:
@@ -114,6 +135,7 @@ def main() -> None:
             for op, rate in (
                 ("row", arguments.rate), ("row", 0.0), ("row, one layout", 0.0), ("gradient", arguments.rate),
                 ("gradient, stochastic", arguments.rate), ("block", arguments.rate), ("block, stochastic", 0.2),
+                ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)
                 ms = milliseconds(case.run)
