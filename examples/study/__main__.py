@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> Path:
     for noisy in ("lightning.pytorch", "lightning.fabric", "lightning_int8"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     console = Console(width=140)
     folder = arguments.output / f"{shared['tokens']}-tokens"
