@@ -20,10 +20,16 @@ from lightning_int8.recipe import resolve_recipe
 
 
 class Int8CLI(LightningCLI):
-    """A LightningCLI that reports a wrong recipe or a corrupted checkpoint in one line, before it makes the Trainer."""
+    """A LightningCLI that reports a wrong recipe or a corrupted checkpoint in one line, before it makes the Trainer.
+
+    The model's arguments come from the config and the command line alone, also when a checkpoint is resumed.
+    """
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put the checkpoint's hyperparameters over the config; it fails where they name no class."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Lightning reads hyperparameters from the checkpoint right after this."""
+        """Verifies the checkpoint."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         # "last", "best" and the like are no files.
