@@ -475,12 +475,18 @@ def test_on_a_gpu(tmp_path, strategy, precision, scaler):
         "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Block}),
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
     }
-    own = plugin(recipe=GPU_RECIPE, precision=precision)
-    run = trainer(tmp_path, plugin=own, accelerator="gpu", strategy=strategies[strategy](), gradient_clip_val=1.0)
+
+    class Devices(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.types = {table.device.type for table in thresholds(pl_module).values()}
+
+    own, devices = plugin(recipe=GPU_RECIPE, precision=precision), Devices()
+    options = {"accelerator": "gpu", "strategy": strategies[strategy](), "callbacks": [devices]}
+    run = trainer(tmp_path, plugin=own, gradient_clip_val=1.0, **options)
     run.fit(model)
     assert (type(own.scaler).__name__ if own.scaler else None) == scaler
     assert model.losses[-1] < model.losses[0]
-    assert all(table.device.type == "cuda" for table in thresholds(model).values())
+    assert devices.types == {"cuda"}
     run.validate(model, verbose=False)
 
 
