@@ -232,8 +232,8 @@ def test_nothing_is_begun_without_time_and_all_of_it_is_named(tmp_path, capsys) 
     arguments = ["--device", "cpu", "--peers", "--shapes", "32,32", "--tokens", "64", "--seconds", "0"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "GEMM wgrad 32 → 32: out of time (--seconds 0)" in out
-    assert "linear 32 → 32: out of time" in out
+    assert "GEMM from forward 32 32 on, 3 of 3: out of time (--seconds 0)" in out
+    assert "linear from 32 32 on: out of time" in out
     assert "name a model with --config" in out
     assert [file.suffix for file in Path(tmp_path).iterdir()] == [".json"]
 

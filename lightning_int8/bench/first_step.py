@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 
 import torch
 
@@ -28,9 +27,7 @@ def seconds_here(config: str, precision: str, tokens: int, device: torch.device)
     return seconds(step, device)
 
 
-def measure(
-    config: str, recipe: str, tokens: int, device: torch.device, report: Callable[[str], None] = print
-) -> dict[str, float | str]:
+def measure(config: str, recipe: str, tokens: int, device: torch.device) -> dict[str, float | str]:
     """Runs three processes one after the other: BF16, INT8 with an empty Triton cache, and INT8 with the cache filled.
 
     Returns:
@@ -40,7 +37,6 @@ def measure(
     found: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as cache:
         for name, precision in (("bf16", "bf16"), ("empty cache", recipe), ("warm cache", recipe)):
-            report(f"first step, {name}")
             process = subprocess.run(
                 [sys.executable, "-m", "lightning_int8.bench.first_step", config, precision, str(tokens), str(device)],
                 env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False,

@@ -45,8 +45,9 @@ def measure(
     """Milliseconds of an ``[n, k]`` linear over ``[tokens, k]``, forward and backward, weights in BF16.
 
     Returns:
-        ``tokens``, ``k``, ``n``, and for each precision its ``ms``, ``ratio`` to BF16, ``low_precision_share`` and,
-        where it has one, ``fallback_rate``; ``model_ms`` where the GPU's peaks are known; ``error`` if it did not run.
+        ``tokens``, ``k``, ``n``, and for each precision its ``ms``, ``ratio`` to BF16, of peers their
+        ``low_precision_share``, ``fallback_rate`` where there is one; ``model_ms`` where the GPU's peaks are known;
+        ``error`` if it did not run.
     """
     torch.manual_seed(0)
     x, dy = uneven(tokens, k, 1.0, device).requires_grad_(), uneven(tokens, n, 1e-3, device)
@@ -65,10 +66,9 @@ def measure(
                 return torch.autograd.grad(forward(x), [x, *layer.parameters()], dy)
 
             run()
-            if precision.name != "bf16":
-                kernels = cell["kernels"] = kernel_times(run, device)
-                if kernels:
-                    cell["low_precision_share"] = low_precision_share(kernels)
+            if precision.compiled and (kernels := kernel_times(run, device)):
+                cell["kernels"] = kernels
+                cell["low_precision_share"] = low_precision_share(kernels)
             runs[precision.name], layers[precision.name] = run, layer
         except Exception as error:
             cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"

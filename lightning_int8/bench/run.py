@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
@@ -23,6 +23,9 @@ from lightning_int8.recipe import PRESETS
 # In-features and out-features of the linears of a 1B and an 8B Llama, and smaller.
 LINEARS = ((4096, 4096), (2048, 2048), (4096, 14336), (14336, 4096), (2048, 8192), (8192, 2048), (1024, 1024),
            (4096, 1024), (3072, 3072), (1536, 1536))  # fmt: skip
+
+
+T = TypeVar("T")
 
 
 class Run:
@@ -87,41 +90,43 @@ class Run:
                 torch.cuda.empty_cache()
             self._first_step(str(config), name, ours[0].name, tokens, until["first-step"])
 
-    def _out_of_time(self, what: str, until: float) -> bool:
-        if self.clock.before(until):
-            return False
-        self.skipped.append(f"{what}: out of time (--seconds {self.args.seconds:g})")
-        return True
+    def _in_time(self, what: str, items: Sequence[T], until: float) -> Iterator[T]:
+        """Those of ``items`` for which there is time; says from which on there was none."""
+        left = list(items)
+        task = self.bar.add_task(f"{what}s", total=len(left))
+        while left and self.clock.before(until):
+            yield left.pop(0)
+            self.bar.advance(task)
+        if left:
+            rest = f", {len(left)} of {len(items)}" if len(items) > 1 else ""
+            first = " ".join(map(str, left[0])) if isinstance(left[0], tuple) else left[0]
+            self.skipped.append(f"{what} from {first} on{rest}: out of time (--seconds {self.args.seconds:g})")
 
     def _gemms(self, shapes: list[tuple[int, int]], tokens: int, ours: list[Precision], until: float) -> None:
         backend = backends.choose("auto", self.device)
         scalings = list(dict.fromkeys(p.recipe.scaling for p in ours if p.recipe and p.recipe.scaling != "vector"))
-        known = {(line["product"], line["tokens"], line["k"], line["n"]) for line in self.measured["gemm"]}
-        lines = [(product, tokens, k, n) for k, n in shapes for product in ("forward", "dgrad", "wgrad")]
-        for product, _, k, n in self.bar.track([line for line in lines if line not in known], description="GEMMs"):
-            if not self._out_of_time(f"GEMM {product} {k} → {n}", until):
-                line = gemm.measure(
-                    product, tokens, k, n, scalings, (0.0, 0.2), gemm.peers(self.device), backend, self.device,
-                    self.peak, self.bandwidth,
-                )  # fmt: skip
-                self.measured["gemm"].append(line)
+        known = {(line["product"], line["k"], line["n"]) for line in self.measured["gemm"] if line["tokens"] == tokens}
+        lines = [(product, k, n) for k, n in shapes for product in ("forward", "dgrad", "wgrad")]
+        for product, k, n in self._in_time("GEMM", [line for line in lines if line not in known], until):
+            line = gemm.measure(
+                product, tokens, k, n, scalings, (0.0, 0.2), gemm.peers(self.device), backend, self.device,
+                self.peak, self.bandwidth,
+            )  # fmt: skip
+            self.measured["gemm"].append(line)
 
     def _linears(self, shapes: list[tuple[int, int]], tokens: int, compared: list[Precision], until: float) -> None:
         known = {(line["k"], line["n"]) for line in self.measured["linear"] if line["tokens"] == tokens}
-        for k, n in self.bar.track([s for s in shapes if s not in known], description="linear layers"):
-            if not self._out_of_time(f"linear {k} → {n}", until):
-                line = linear.measure(tokens, k, n, compared, self.device, self.peak, self.bandwidth)
-                self.measured["linear"].append(line)
+        for k, n in self._in_time("linear", [shape for shape in shapes if shape not in known], until):
+            line = linear.measure(tokens, k, n, compared, self.device, self.peak, self.bandwidth)
+            self.measured["linear"].append(line)
 
     def _first_step(self, config: str, name: str, recipe: str, tokens: int, until: float) -> None:
         if recipe not in PRESETS:
             self.skipped.append(f"the first step of {name}: recipe {recipe} is no preset; name one with --recipes")
-        elif not self._out_of_time(f"the first step of {name}", until):
-            task = self.bar.add_task("first step", total=None)
-            say = lambda text: self.bar.update(task, description=text)  # noqa: E731
-            found = first_step.measure(config, recipe, tokens, self.device, say)
+            return
+        for _ in self._in_time("first step", [name], until):
+            found = first_step.measure(config, recipe, tokens, self.device)
             self.measured["first_step"].append({"model": name, "recipe": recipe, **found})
-            self.bar.update(task, total=1, completed=1, description="first step")
 
     def results(self, command: str) -> dict[str, Any]:
         """All that was measured, as JSON holds it."""

@@ -111,6 +111,8 @@ def measure(
         rates = [rate for state in fallback_states(models[name]).values() if (rate := _mean_rate(state)) is not None]
         if rates:
             cells[name]["fallback_rate"] = statistics.mean(rates)
+    # What was compiled holds on to the model.
+    torch._dynamo.reset()
     return {"model": workload.name, "tokens": workload.tokens, "compiled": compiled, "cells": cells}
 
 
