@@ -16,7 +16,7 @@ from examples.llama import LlamaConfig
 from examples.study import corpus, train
 from examples.study.__main__ import main
 from examples.study.module import StudyModule
-from examples.study.plan import RUNS, Run, in_order, load
+from examples.study.plan import PLANS, Run, in_order, load
 
 SMALL = {"vocab_size": 301, "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "max_seq_len": 32}
 SHARED = {
@@ -139,7 +139,7 @@ def test_masked_loss_is_of_the_masked_tokens_only():
 
 
 def test_every_yaml_of_the_study_is_a_run():
-    runs = in_order([load(file) for file in sorted(RUNS.glob("*.yaml"))])
+    runs = in_order([load(file) for file in sorted(PLANS.glob("*.yaml"))])
     names = [run.name for run in runs]
     assert {"bf16-seed0", "bf16-seed1", "bf16-seed2", "row", "float8-rowwise"} <= set(names)
     for run in runs:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from examples.study.plan import RUNS, Run, in_order, load
+from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.results import write_results
 from examples.study.train import train
 
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m examples.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", nargs="*", help="names of the runs, in order; default: every YAML of --plans")
-    parser.add_argument("--plans", type=Path, default=RUNS, help="folder of the runs' YAMLs (%(default)s)")
+    parser.add_argument("--plans", type=Path, default=PLANS, help="folder of the runs' YAMLs (%(default)s)")
     parser.add_argument("--shared", type=Path, default=SHARED, help="YAML of what all runs share (%(default)s)")
     parser.add_argument("--tokens", type=float, help="tokens a run, such as 5e6; default: the shared YAML's")
     parser.add_argument("--batch-size", type=int, help="sequences a step; default: the shared YAML's")

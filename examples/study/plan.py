@@ -16,7 +16,7 @@ from examples.study.module import Objective
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 
 Float8 = Literal["rowwise", "tensorwise"]
-RUNS = Path(__file__).parent / "runs"
+PLANS = Path(__file__).parent / "plans"
 
 
 @dataclass(frozen=True)
