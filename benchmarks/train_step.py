@@ -1,4 +1,4 @@
-"""Times one training step, INT8 against BF16 in the same run: compiled layer by layer, AdamW fused, everything included.
+"""Times one training step, INT8 against BF16 in the same run: compiled by layer, AdamW fused, everything included.
 
 `python -m benchmarks.train_step --model 1b --recipes row block --json docs/results/step.json`
 """
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
-from lightning_int8 import convert_to_int8, update_thresholds
+from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
 
 MODELS = {
     "125m": LlamaConfig(
@@ -36,11 +36,14 @@ MODELS = {
 }
 
 
-def measure(config: LlamaConfig, recipe: str | None, tokens: int, steps: int, compiling: str, profile: bool) -> dict:
+def measure(
+    config: LlamaConfig, recipe: str | None, tokens: int, steps: int, compiling: str, mode: str, profile: bool
+) -> dict:
     """Median milliseconds of a step, peak GiB and last loss; ``recipe`` ``None`` is BF16 mixed precision.
 
     ``compiling``: ``layers`` compiles one decoder layer and runs it for all, ``whole`` the model as one program, whose
-    compile time grows with its depth, ``none`` neither.
+    compile time grows with its depth, ``none`` neither. ``mode`` is `torch.compile`'s; ``reduce-overhead`` replays CUDA
+    graphs.
     """
     began = time.perf_counter()
     torch.manual_seed(0)
@@ -48,11 +51,12 @@ def measure(config: LlamaConfig, recipe: str | None, tokens: int, steps: int, co
         model = Llama(config)
     if recipe is not None:
         convert_to_int8(model, recipe, ignore_modules=["lm_head"] if hasattr(model, "lm_head") else None)
+    states = list(fallback_states(model).values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(model) if compiling == "whole" else model
+    forward = torch.compile(model, mode=mode) if compiling == "whole" else model
     if compiling == "layers":
         for layer in model.layers:
-            layer.compile()
+            layer.compile(mode=mode)
     batch = tokens // config.max_seq_len
     ids = torch.randint(config.vocab_size, (batch, config.max_seq_len + 1), device="cuda")
 
@@ -63,8 +67,7 @@ def measure(config: LlamaConfig, recipe: str | None, tokens: int, steps: int, co
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if recipe is not None:
-            update_thresholds(model)
+        update_thresholds(states)
         return loss
 
     name = recipe or "bf16"
@@ -114,18 +117,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step")
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after 3 of warm-up")
     parser.add_argument("--compile", choices=["layers", "whole", "none"], default="layers", help="torch.compile")
+    parser.add_argument("--mode", choices=["default", "reduce-overhead"], default="reduce-overhead", help="of compile")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
     console = Console(width=140)
     results = []
     for recipe in [None, *args.recipes]:
-        results.append(measure(MODELS[args.model], recipe, args.tokens, args.steps, args.compile, args.profile))
+        results.append(
+            measure(MODELS[args.model], recipe, args.tokens, args.steps, args.compile, args.mode, args.profile)
+        )
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
     base = results[0]
-    title = f"{args.model}, {args.tokens} tokens, compile={args.compile}, {torch.cuda.get_device_name()}"
+    title = f"{args.model}, {args.tokens} tokens, compile={args.compile} ({args.mode}), {torch.cuda.get_device_name()}"
     table = Table(title=title)
     for column in ("precision", "ms a step", "speed-up", "peak GiB", "memory", "first step s", "loss"):
         table.add_column(column, justify="right")
