@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny import TinyModule, assert_same
+from tests.two_processes import launch, logs
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-        **{"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    workers = []
-    for rank in range(2):
-        log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed_worker", str(folder)],
-                cwd=Path(__file__).parents[1],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        )
-    try:
-        codes = [worker.wait(timeout=200) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    if any(codes):
-        pytest.fail("\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2)))
+    if any(launch("tests.distributed_worker", folder)):
+        pytest.fail(logs(folder))
     results = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:
         result["folder"] = folder
