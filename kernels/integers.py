@@ -196,6 +196,9 @@ def gradient_planes(
             if slot >= 0:
                 _store_high(a_high, None, _high_byte(bits), slot, part, B, PART, RUN)
     if row_fold is not None:
+        if dy.dtype.element_ty.primitive_bitwidth <= 16:
+            # Read again, from L1: held through the above it takes 80 more registers, and half the programs fit.
+            tile = load_tile(dy, row, column, i, j, rows, columns, stride_r, stride_c)
         slot = tl.full([], -1, tl.int32)
         if g_high is not None:
             slot = tl.load(g_slot + column_block * tl.cdiv(rows, B) + row_block)
@@ -252,6 +255,9 @@ def block_planes(
     _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
     if high is not None:
         if block_slot >= 0:
+            if noise is None:
+                # Read again, from L1: few blocks fall back, and held through the above it takes registers in all.
+                v = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c) * factor
             # 254 residual steps to a base step: planes.RESIDUAL_STEPS
             residual = _integer_bits((v - round_half_even(v)) * 254.0, noise, 127.0, mask)
             _store_high(high, high_t, residual.to(tl.int8), block_slot, part, B, PART, RUN)
