@@ -6,7 +6,8 @@
 
 Each runs in INT8 when the recipe says so, otherwise in X's dtype. What is saved for the backward is X's transposed INT8
 planes and scales (or X itself when the wgrad is not INT8) and a reference to the weight; W is quantized again for the
-dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go.
+dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go, unless its planes
+are kept between optimizer steps (:mod:`lightning_int8.weight_planes`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
-from lightning_int8.schemes import QuantizedInput, scheme_of
+from lightning_int8.schemes import QuantizedInput, QuantizedWeight, scheme_of
 from lightning_int8.sharing import leave_planes, shared_planes
 from lightning_int8.threshold import FallbackState
 
@@ -39,6 +40,7 @@ class _Int8Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         planes: QuantizedInput | None,
+        weight_planes: QuantizedWeight | None,
         state: Tensor | None,
         update: bool,
         recipe: Int8Recipe,
@@ -50,15 +52,15 @@ class _Int8Linear(torch.autograd.Function):
         if needs[1]:
             saved = planes.saved if recipe.wgrad and planes is not None else (x,)
         if recipe.forward and planes is not None:
-            w = scheme.quantize_weight(weight, False, backend)
-            y = scheme.gemm(planes.operand, w.operand, bias, x.dtype, backend)
+            w = weight_planes or scheme.quantize_weight(weight, False, backend)
+            y = scheme.gemm(planes.operand, w.forward, bias, x.dtype, backend)
             if planes.remainder is not None:
                 y = y + planes.remainder
         else:
             y = _high_precision_linear(x, weight, bias)
         ctx.save_for_backward(weight, *saved)
         # Not a saved tensor, which may not change until the backward: a layer called twice counts in both backwards.
-        ctx.state = state
+        ctx.state, ctx.weight_planes = state, weight_planes
         ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
         ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -74,13 +76,13 @@ class _Int8Linear(torch.autograd.Function):
         int8_dgrad, int8_wgrad = needs_dx and recipe.dgrad, needs_dw and recipe.wgrad
         dx = dw = db = None
         if int8_dgrad or int8_wgrad:
-            w = scheme.quantize_weight(weight, True, backend) if int8_dgrad else None
+            w = (ctx.weight_planes or scheme.quantize_weight(weight, True, backend)) if int8_dgrad else None
             g = scheme.quantize_gradient(
                 dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, ctx.update, needs_db, backend
             )
             db = g.dbias
             if w is not None and g.dgrad is not None:
-                dx = scheme.gemm(g.dgrad, w.operand, None, ctx.input_dtype, backend)
+                dx = scheme.gemm(g.dgrad, w.dgrad, None, ctx.input_dtype, backend)
             if g.wgrad is not None and g.input_transposed is not None:
                 dw = scheme.gemm(g.wgrad, g.input_transposed, None, weight.dtype, backend)
         if needs_db and db is None:
@@ -89,7 +91,7 @@ class _Int8Linear(torch.autograd.Function):
             dx = (dy @ weight.to(dy.dtype)).to(ctx.input_dtype)
         if needs_dw and dw is None:
             dw = (dy.t() @ saved[0]).to(weight.dtype)
-        return dx, dw, None if db is None else db.to(ctx.bias_dtype), *[None] * 6
+        return dx, dw, None if db is None else db.to(ctx.bias_dtype), *[None] * 7
 
 
 def int8_linear(
@@ -101,6 +103,7 @@ def int8_linear(
     state: FallbackState | None = None,
     update_state: bool = True,
     share_input: bool = False,
+    weight_planes: QuantizedWeight | None = None,
 ) -> Tensor:
     """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable.
 
@@ -119,6 +122,8 @@ def int8_linear(
             ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
         share_input: Whether to leave ``x``'s planes on ``x`` for the next linear that reads it, and to take those that
             an earlier one left: see :mod:`lightning_int8.sharing`.
+        weight_planes: ``weight`` quantized for the forward and the dgrad by the same recipe; ``None``: it is quantized
+            here, for each.
 
     Returns:
         ``[..., N]`` in ``x``'s dtype (the autocast dtype under autocast).
@@ -171,7 +176,9 @@ def int8_linear(
                     if key:
                         leave_planes(source, key, planes)
             outs.append(
-                _Int8Linear.apply(piece, weight, bias, planes, backward_state, update_state, recipe, backend, needs)
+                _Int8Linear.apply(
+                    piece, weight, bias, planes, weight_planes, backward_state, update_state, recipe, backend, needs
+                )
             )
     y = outs[0] if len(outs) == 1 else torch.cat(outs)
     return y.reshape(*x.shape[:-1], weight.shape[0])

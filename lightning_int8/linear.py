@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from lightning_int8.kernels import backends
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.tensor_parallel import sharded_int8_linear
 from lightning_int8.threshold import FallbackState
+from lightning_int8.weight_planes import KeptWeight
 
 
 class Int8Linear(nn.Linear):
@@ -26,11 +28,13 @@ class Int8Linear(nn.Linear):
         int8_recipe: How the layer quantizes.
         int8_state: Its delayed thresholds and counters.
         int8_shares_input: Whether siblings may read the same tensor: see :mod:`lightning_int8.sharing`.
+        int8_kept_weight: The weight's planes between optimizer steps: see :mod:`lightning_int8.weight_planes`.
     """
 
     int8_recipe: Int8Recipe
     int8_state: FallbackState
     int8_shares_input: bool = False
+    int8_kept_weight: KeptWeight | None = None
 
     @classmethod
     def swap(cls, linear: nn.Linear, recipe: Int8Recipe) -> Int8Linear:
@@ -64,7 +68,15 @@ class Int8Linear(nn.Linear):
         }
         if hasattr(self.weight, "device_mesh"):
             return sharded_int8_linear(input, self.weight, self.bias, **options)
-        return int8_linear(input, self.weight, self.bias, share_input=self.int8_shares_input, **options)
+        kept = self.int8_kept_weight if self.training and torch.is_grad_enabled() else None
+        return int8_linear(
+            input,
+            self.weight,
+            self.bias,
+            share_input=self.int8_shares_input,
+            weight_planes=None if kept is None else kept.planes,
+            **options,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         """Moves the thresholds with the parameters (``.to``, ``.cuda``, ``.to_empty``).
@@ -74,6 +86,7 @@ class Int8Linear(nn.Linear):
             RuntimeError: The backend that the recipe forces cannot run there.
         """
         super()._apply(fn, recurse)
+        self.int8_kept_weight = None
         if self.weight.device.type == "cuda":
             # Here rather than in the first forward, which may be an hour of loading data away.
             backends.choose(self.int8_recipe.backend, self.weight.device, self.int8_recipe.block_size)

@@ -22,6 +22,7 @@ from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
 from lightning_int8.small_layers import MinFeatures, check_min_features
 from lightning_int8.threshold import FallbackState, fallback_states, update_thresholds
+from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes
 
 OuterPrecision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -44,6 +45,7 @@ class Int8PluginCore:
         precision: OuterPrecision,
         ignore_modules: Sequence[str] | None,
         min_features: MinFeatures,
+        keep_weights: bool | Literal["auto"],
     ) -> None:
         if precision not in get_args(OuterPrecision):
             raise ValueError(
@@ -54,6 +56,9 @@ class Int8PluginCore:
         self.recipe = resolve_recipe(recipe)
         self.ignore_modules = ignore_modules if ignore_modules is None else tuple(ignore_modules)
         self.min_features = check_min_features(min_features)
+        if not isinstance(keep_weights, bool) and keep_weights != "auto":
+            raise ValueError(f"{type(self).__name__}(keep_weights={keep_weights!r}) must be true, false or 'auto'.")
+        self.keep_weights = keep_weights
         if isinstance(ignore_modules, str):
             raise TypeError(f"ignore_modules={ignore_modules!r} must be a list of patterns: [{ignore_modules!r}].")
         self.scaler: Any = None
@@ -164,6 +169,17 @@ class Int8PluginCore:
     def convert_output(self, data: Any) -> Any:
         return self._bound().convert_output(data)
 
+    # weights
+
+    def _keeps_weights(self) -> bool:
+        """Whether the weights' planes are kept from micro-batch to micro-batch."""
+        return self.keep_weights is True
+
+    def _refresh_weights(self) -> None:
+        if self._keeps_weights() and torch.is_grad_enabled() and not self._bound_to[1]:
+            for module in self._modules:
+                keep_weight_planes(module)
+
     # thresholds
 
     def _step(self, step: Callable[[], T]) -> T:
@@ -175,6 +191,8 @@ class Int8PluginCore:
         """
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         result = step()
+        for module in self._modules if self._keeps_weights() else ():
+            drop_weight_planes(module)
         if self._stepped_states is None:
             # Walking a large model's modules after every step would cost more than moving its thresholds.
             self._stepped_states = list(self._states().values())

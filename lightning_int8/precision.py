@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import lightning.pytorch.plugins.precision as trainer_plugins
@@ -45,6 +46,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         min_features: Layers whose effective features, 2·in·out / (in + out) (a square layer's width), are fewer than
             this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
             GPU; 0: none.
+        keep_weights: Whether each weight's INT8 planes (two bytes a weight) are kept from the first micro-batch to the
+            optimizer step instead of made twice for each. "auto": when gradients are accumulated. Sharded weights
+            never are.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -63,10 +67,11 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         precision: OuterPrecision = "bf16-mixed",
         ignore_modules: list[str] | None = None,
         min_features: MinFeatures = 0,
+        keep_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         # "32-true" here: any scaler is made later, when it is known whether gradients are sharded and on what device.
         FSDPPrecision.__init__(self, "32-true")
-        self._init_core(recipe, precision, ignore_modules, min_features)
+        self._init_core(recipe, precision, ignore_modules, min_features, keep_weights)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it. Lightning calls this on every fit, validate, test and predict.
@@ -101,6 +106,17 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         """Lightning calls this once the model is on its device."""
         self._place_states(self._trainer().strategy.root_device)
         return super().connect(model, optimizers, lr_schedulers)
+
+    def train_step_context(self) -> AbstractContextManager:
+        """Around each micro-batch's ``training_step``."""
+        outer = self.forward_context()
+        self._refresh_weights()
+        return outer
+
+    def _keeps_weights(self) -> bool:
+        return self.keep_weights is True or (
+            self.keep_weights == "auto" and self._trainer().accumulate_grad_batches > 1
+        )
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any

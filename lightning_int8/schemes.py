@@ -27,9 +27,10 @@ class QuantizedInput(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """W for the forward GEMM, or Wᵀ for the dgrad with ``fold``, the scale that dY must absorb there (or ``None``)."""
+    """W for the forward GEMM, Wᵀ for the dgrad, and ``fold``, the scale that dY must absorb there (or ``None``)."""
 
-    operand: QuantizedMatrix
+    forward: QuantizedMatrix | None
+    dgrad: QuantizedMatrix | None = None
     fold: Tensor | None = None
 
 
@@ -43,7 +44,13 @@ class QuantizedGradient(NamedTuple):
 
 
 class Scheme(Protocol):
-    """One scaling. ``backend`` is the resolved one (see :mod:`lightning_int8.kernels.backends`)."""
+    """One scaling. ``backend`` is the resolved one (see :mod:`lightning_int8.kernels.backends`).
+
+    Attributes:
+        quantizes_weight_once: Whether one quantization of W serves the forward and the dgrad.
+    """
+
+    quantizes_weight_once: bool
 
     def quantize_input(
         self, x: Tensor, weight: Tensor, state: Tensor | None, update: bool, wgrad: bool, backend: str
@@ -52,7 +59,7 @@ class Scheme(Protocol):
         ...
 
     def quantize_weight(self, weight: Tensor, transposed: bool, backend: str) -> QuantizedWeight:
-        """W ``[N, K]``: the operand of the forward, or with ``transposed`` of the dgrad."""
+        """W ``[N, K]`` for the forward, or with ``transposed`` for the dgrad (and the forward, if that comes along)."""
         ...
 
     def quantize_gradient(
@@ -78,6 +85,8 @@ class Scheme(Protocol):
 
 class _BlockFallback:
     """What `row` and `block` share: blocks, bands and capacities."""
+
+    quantizes_weight_once = True
 
     def __init__(self, recipe: Int8Recipe) -> None:
         self.recipe = recipe
@@ -145,9 +154,10 @@ class RowScheme(_BlockFallback):
             weight, None, 0, 0.0, 0, self.block, False, transposed, backend
         )
         size = tuple(weight.shape)
-        if transposed:
-            return QuantizedWeight(QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
-        return QuantizedWeight(QuantizedMatrix(low, None, None, scale, size, self.block))
+        forward = QuantizedMatrix(low, None, None, scale, size, self.block)
+        if not transposed:
+            return QuantizedWeight(forward)
+        return QuantizedWeight(forward, QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
@@ -253,9 +263,8 @@ class BlockScheme(_BlockFallback):
             weight, None, 0, 0.0, 0, self.block, False, transposed, False, backend
         )
         size = tuple(weight.shape)
-        if transposed:
-            return QuantizedWeight(self._transposed(low_t, high_t, slot, scale, size))
-        return QuantizedWeight(self._matrix(low, high, slot, scale, size, 0))
+        forward = self._matrix(low, high, slot, scale, size, 0)
+        return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if transposed else None)
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
@@ -287,6 +296,8 @@ class VectorScheme:
     """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
 
     def __init__(self, recipe: Int8Recipe) -> None:
+    quantizes_weight_once = False
+
         self.recipe = recipe
 
     def _quantize(self, x: Tensor, backend: str) -> QuantizedMatrix:
@@ -302,7 +313,9 @@ class VectorScheme:
         return QuantizedInput(self._quantize(plain, backend), saved, remainder)
 
     def quantize_weight(self, weight, transposed, backend):
-        return QuantizedWeight(self._quantize(weight.t() if transposed else weight, backend))
+        if transposed:
+            return QuantizedWeight(None, self._quantize(weight.t(), backend))
+        return QuantizedWeight(self._quantize(weight, backend))
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         dgrad = None if weight is None else self._quantize(dy, backend)

@@ -1,0 +1,146 @@
+"""A weight is quantized once an optimizer step when its planes are kept, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_int8 import FabricFallbackInt8Precision, FallbackInt8Precision, Int8Recipe, convert_to_int8
+from lightning_int8.kernels import ops
+from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes
+from tests.tiny import RECIPE, TinyModule, trainer
+
+BLOCK = Int8Recipe(scaling="block", block_size=16)
+LAYERS = 5
+
+
+@pytest.fixture
+def weights_quantized(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights that were quantized: what is quantized without fallback."""
+    seen: list[tuple[int, ...]] = []
+
+    def count(name: str) -> None:
+        original = getattr(ops, name)
+
+        def counting(x, state, operand, rate, capacity, *rest):
+            if capacity == 0:
+                seen.append(tuple(x.shape))
+            return original(x, state, operand, rate, capacity, *rest)
+
+        monkeypatch.setattr(ops, name, counting)
+
+    count("quantize_row")
+    count("quantize_block")
+    return seen
+
+
+def fit(tmp_path, accumulate: int, **plugin) -> TinyModule:
+    module = TinyModule(steps=3 * accumulate)
+    trainer(
+        tmp_path, plugin=FallbackInt8Precision(**plugin), accumulate_grad_batches=accumulate, limit_val_batches=0
+    ).fit(module)
+    return module
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize("recipe", [RECIPE, BLOCK])
+def test_accumulated_training_quantizes_each_weight_once_a_step_with_equal_losses(tmp_path, weights_quantized, recipe):
+    kept = fit(tmp_path, 4, recipe=recipe)
+    assert len(weights_quantized) == 3 * LAYERS
+    weights_quantized.clear()
+    again = fit(tmp_path, 4, recipe=recipe, keep_weights=False)
+    assert len(weights_quantized) == 3 * 4 * (2 * LAYERS - 1)  # the first layer needs no dX
+    assert kept.losses == again.losses
+    for ours, theirs in zip(kept.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_without_accumulation_nothing_is_kept_unless_asked_for(tmp_path, weights_quantized):
+    fit(tmp_path, 1, recipe=RECIPE)
+    assert len(weights_quantized) == 3 * (2 * LAYERS - 1)
+    weights_quantized.clear()
+    fit(tmp_path, 1, recipe=RECIPE, keep_weights=True)
+    assert len(weights_quantized) == 3 * LAYERS
+
+
+def linear(recipe: Int8Recipe = RECIPE) -> nn.Linear:
+    torch.manual_seed(0)
+    module = nn.Linear(64, 48)
+    convert_to_int8(module, recipe)
+    return module
+
+
+def output(module: nn.Linear) -> Tensor:
+    return module(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.strict
+def test_planes_of_a_weight_that_changed_are_renewed():
+    module = linear()
+    keep_weight_planes(module)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    keep_weight_planes(module)
+    kept = output(module)
+    drop_weight_planes(module)
+    assert torch.equal(kept, output(module))
+
+
+@pytest.mark.strict
+def test_evaluation_reads_the_weight_itself():
+    module = linear()
+    keep_weight_planes(module)
+    module.weight.data.mul_(2)  # as exchanging averaged weights does: without PyTorch noticing
+    with torch.no_grad():
+        first = output(module)
+    drop_weight_planes(module)
+    with torch.no_grad():
+        assert torch.equal(first, output(module))
+
+
+def test_a_frozen_weight_keeps_its_planes(weights_quantized):
+    module = linear().requires_grad_(False)
+    for _ in range(3):
+        keep_weight_planes(module)
+        drop_weight_planes(module)
+    assert len(weights_quantized) == 1
+
+
+def test_moving_the_layer_drops_its_planes():
+    module = linear()
+    keep_weight_planes(module)
+    assert module.int8_kept_weight is not None
+    assert module.to(torch.bfloat16).int8_kept_weight is None
+
+
+def test_recipes_that_quantize_a_weight_for_each_product_keep_nothing():
+    module = nn.Linear(64, 48)
+    convert_to_int8(module, "rowwise")
+    keep_weight_planes(module)
+    assert module.int8_kept_weight is None
+
+
+@pytest.mark.strict
+def test_compiled_in_one_graph_with_equal_gradients():
+    eager, compiled = linear(), linear()
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    compiled.compile(fullgraph=True, backend=backend)
+    for _ in range(2):
+        for module in (eager, compiled):
+            keep_weight_planes(module)
+            output(module).square().sum().backward()
+            drop_weight_planes(module)
+    assert torch.equal(eager.weight.grad, compiled.weight.grad)
+    assert len(graphs) == 1
+
+
+def test_an_unknown_value_is_refused():
+    for plugin in (FallbackInt8Precision, FabricFallbackInt8Precision):
+        with pytest.raises(ValueError, match=r"keep_weights='always'.*true, false or 'auto'"):
+            plugin(keep_weights="always")
