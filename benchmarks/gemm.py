@@ -21,69 +21,18 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
 from triton.testing import do_bench
 
-from lightning_int8.kernels import backends, reference
-from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
+from lightning_int8.bench.gemm import bf16, check, operand, products
+from lightning_int8.kernels import backends
 
 # (K, N) of the linears of a 1B and an 8B Llama.
 LINEARS = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 2048), (2048, 8192), (8192, 2048))
-BLOCK = 128
-CORNER = 256
-
-
-def operand(rows: int, depth: int, rate: float, scaling: str, scaled: bool) -> QuantizedMatrix:
-    """A random ``[rows, depth]`` with a fraction ``rate`` of fallback blocks."""
-    shape = blocks_along(rows, BLOCK), blocks_along(depth, BLOCK)
-    low = torch.zeros(rows, shape[1] * BLOCK, dtype=torch.int8, device="cuda")
-    low[:, :depth] = (
-        torch.empty(rows, depth, dtype=torch.float16, device="cuda").normal_(0, 32).round_().clamp_(-127, 127)
-    )
-    high = slot = scale = None
-    if rate:
-        mask = torch.rand(shape, device="cuda") < rate
-        slot = (mask.flatten().cumsum(0).view(shape) - 1).where(mask, -1).to(torch.int32)
-        high = torch.randint(-3, 4, (int(mask.sum()) + 1, BLOCK, BLOCK), dtype=torch.int8, device="cuda")
-    if scaling == "block" or scaled:
-        scale = torch.rand(shape if scaling == "block" else rows, device="cuda") * 1e-2
-    return QuantizedMatrix(low, high, slot, scale, (rows, depth), BLOCK)
-
-
-def products(tokens: int, k: int, n: int) -> dict[str, tuple[int, int, int]]:
-    """Rows, columns and contraction of a linear's three products."""
-    return {"forward": (tokens, n, k), "dgrad": (tokens, k, n), "wgrad": (n, k, tokens)}
-
-
-def part(a: QuantizedMatrix, start: int) -> QuantizedMatrix:
-    """Some rows of ``a`` from a multiple of the block edge on."""
-    rows, blocks = slice(start, start + CORNER), slice(start // BLOCK, (start + CORNER) // BLOCK)
-    low = a.low[rows]
-    slot = None if a.slot is None else a.slot[blocks]
-    scale = None if a.scale is None else a.scale[blocks if a.scale.dim() == 2 else rows]
-    return QuantizedMatrix(low, a.high, slot, scale, (low.shape[0], a.size[1]), BLOCK)
-
-
-def check(out: Tensor, a: QuantizedMatrix, b: QuantizedMatrix, scaling: str) -> None:
-    """Raises unless the corners of ``out`` are right."""
-    if not out.isfinite().all():
-        raise AssertionError("the output has elements that are not finite")
-    for i in (0, (a.size[0] - 1) // BLOCK * BLOCK):
-        for j in (0, (b.size[0] - 1) // BLOCK * BLOCK):
-            wanted = getattr(reference, f"gemm_{scaling}")(part(a, i), part(b, j), None, out.dtype).double()
-            noise = out[i : i + CORNER, j : j + CORNER].double() - wanted
-            sqnr = 10 * torch.log10(wanted.square().sum() / noise.square().sum()).item()
-            if sqnr < (float("inf") if scaling == "row" else 40):
-                raise AssertionError(f"{scaling} {a.size}x{b.size} at ({i}, {j}): SQNR {sqnr:.1f} dB")
 
 
 def bf16_time(name: str, rows: int, columns: int, depth: int, rep: int) -> float:
     """Milliseconds of cuBLAS on the operands as autograd has them."""
-    a = torch.randn((depth, rows) if name == "wgrad" else (rows, depth), device="cuda", dtype=torch.bfloat16)
-    b = torch.randn((columns, depth) if name == "forward" else (depth, columns), device="cuda", dtype=torch.bfloat16)
-    a = a.t() if name == "wgrad" else a
-    b = b.t() if name == "forward" else b
-    return do_bench(lambda: a @ b, warmup=10, rep=rep, return_mode="median")
+    return do_bench(bf16(name, rows, columns, depth), warmup=10, rep=rep, return_mode="median")
 
 
 def main() -> int:

@@ -34,7 +34,9 @@ def peers(device: torch.device) -> tuple[str, ...]:
     return (*fp8, "int8-torch")
 
 
-def operand(rows: int, depth: int, rate: float, scaling: str, scaled: bool, device: torch.device) -> QuantizedMatrix:
+def operand(
+    rows: int, depth: int, rate: float, scaling: str, scaled: bool, device: torch.device | str = "cuda"
+) -> QuantizedMatrix:
     """A random ``[rows, depth]`` with a fraction ``rate`` of fallback blocks."""
     shape = blocks_along(rows, BLOCK), blocks_along(depth, BLOCK)
     low = torch.zeros(rows, shape[1] * BLOCK, dtype=torch.int8, device=device)
@@ -78,7 +80,7 @@ def check(out: Tensor, a: QuantizedMatrix, b: QuantizedMatrix, scaling: str) -> 
                 raise AssertionError(f"{scaling} {a.size}x{b.size} at ({i}, {j}): SQNR {sqnr:.1f} dB")
 
 
-def bf16(name: str, rows: int, columns: int, depth: int, device: torch.device) -> Callable[[], Tensor]:
+def bf16(name: str, rows: int, columns: int, depth: int, device: torch.device | str = "cuda") -> Callable[[], Tensor]:
     """The BF16 product of cuBLAS on the operands as autograd has them."""
     a = torch.randn((depth, rows) if name == "wgrad" else (rows, depth), device=device, dtype=torch.bfloat16)
     b = torch.randn((columns, depth) if name == "forward" else (depth, columns), device=device, dtype=torch.bfloat16)
