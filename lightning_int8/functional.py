@@ -52,8 +52,9 @@ class _Int8Linear(torch.autograd.Function):
         if needs[1]:
             saved = planes.saved if recipe.wgrad and planes is not None else (x,)
         if recipe.forward and planes is not None:
-            w = weight_planes or scheme.quantize_weight(weight, False, backend)
-            y = scheme.gemm(planes.operand, w.forward, bias, x.dtype, backend)
+            w = (weight_planes or scheme.quantize_weight(weight, False, backend)).forward
+            assert w is not None
+            y = scheme.gemm(planes.operand, w, bias, x.dtype, backend)
             if planes.remainder is not None:
                 y = y + planes.remainder
         else:
@@ -81,7 +82,7 @@ class _Int8Linear(torch.autograd.Function):
                 dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, ctx.update, needs_db, backend
             )
             db = g.dbias
-            if w is not None and g.dgrad is not None:
+            if w is not None and w.dgrad is not None and g.dgrad is not None:
                 dx = scheme.gemm(g.dgrad, w.dgrad, None, ctx.input_dtype, backend)
             if g.wgrad is not None and g.input_transposed is not None:
                 dw = scheme.gemm(g.wgrad, g.input_transposed, None, weight.dtype, backend)
