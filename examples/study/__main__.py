@@ -73,10 +73,15 @@ def main(argv: list[str] | None = None) -> Path:
     console = Console(width=140)
     folder = arguments.output / f"{shared['tokens']}-tokens"
     finished: list[tuple[Run, dict[str, Any]]] = []
+    compiled: tuple[object, ...] = ()
     for run in in_order([load(arguments.plans / f"{name}.yaml") for name in arguments.runs]):
         if time.perf_counter() - began > arguments.seconds:
             console.print(f"{run.name:>22}  not started: --seconds={arguments.seconds:g} are over")
             continue
+        # Runs that differ in their seed or text alone run the same programs.
+        if compiled != (run.int8, run.float8, run.model, run.objective):
+            torch._dynamo.reset()
+            compiled = (run.int8, run.float8, run.model, run.objective)
         weights = None if run.init_from is None else folder / run.init_from / "weights.pt"
         if weights is not None and not weights.exists():
             console.print(f"{run.name:>22}  not started: {run.init_from} has left no weights.pt yet")
@@ -89,7 +94,6 @@ def main(argv: list[str] | None = None) -> Path:
             console.print(f"{run.name:>22}  failed: {type(error).__name__}: {error}", markup=False)
             continue
         finally:
-            torch._dynamo.reset()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
