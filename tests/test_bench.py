@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,11 @@ from lightning_int8.bench.advice import advice, least_features
 from lightning_int8.bench.cli import last_begin, main
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
+from lightning_int8.recipe import resolve_recipe
 
 CPU = torch.device("cpu")
 NAME = "tests.test_bench:llama"
+ROW, BLOCK = resolve_recipe("row"), resolve_recipe("block")
 
 
 def llama() -> Llama:
@@ -135,24 +136,25 @@ def test_a_peer_that_fails_is_an_entry_of_the_table() -> None:
     def fails(model: nn.Module, ignored: object) -> nn.Module:
         raise RuntimeError("needs another GPU\nand more")
 
-    compared = [*precisions(["row"], []), Precision("peer", fails)]
+    compared = [*precisions([ROW], []), Precision("peer", fails)]
     cells = linear.measure(256, 128, 256, compared, CPU, None, 1e9)["cells"]
     assert cells["peer"] == {"error": "RuntimeError: needs another GPU"}
     assert 0.0 < cells["row"]["fallback_rate"] < 0.5
     assert cells["row"]["ratio"] == cells["bf16"]["ms"] / cells["row"]["ms"]
 
 
-def test_unknown_peer_and_recipe() -> None:
+def test_unknown_peer_and_recipe(capsys) -> None:
     with pytest.raises(ValueError, match="--peers fp4: must be of fp8-rowwise"):
-        precisions(["row"], ["fp4"])
-    with pytest.raises(ValueError, match="presets are row"):
-        precisions(["rows"], [])
+        precisions([ROW], ["fp4"])
+    with pytest.raises(SystemExit):
+        main(["--recipes", "rows"])
+    assert "argument --recipes: Unknown recipe 'rows'; the presets are row" in capsys.readouterr().err
 
 
 def test_all_precisions_train_the_same_parameters() -> None:
     work = workload.load(NAME, 64, CPU)
     before = work.model.layers[0].mlp.up_proj.weight.clone()
-    measured = step.measure(work, precisions(["row", "block"], []), False, timing.Clock(60), 1.0, 1, lambda text: None)
+    measured = step.measure(work, precisions([ROW, BLOCK], []), False, timing.Clock(60), 1.0, 1, lambda text: None)
     assert set(measured["cells"]) == {"bf16", "row", "block"}
     assert all(cell["ms"] > 0 and cell["first_step_s"] > 0 for cell in measured["cells"].values())
     assert type(work.model.layers[0].mlp.up_proj) is nn.Linear
@@ -161,7 +163,7 @@ def test_all_precisions_train_the_same_parameters() -> None:
 
 def test_no_precision_is_begun_past_its_time() -> None:
     work = workload.load(NAME, 64, CPU)
-    cells = step.measure(work, precisions(["row"], []), False, timing.Clock(0), 1.0, 1, lambda text: None)["cells"]
+    cells = step.measure(work, precisions([ROW], []), False, timing.Clock(0), 1.0, 1, lambda text: None)["cells"]
     assert "ms" in cells["bf16"]
     assert cells["row"] == {"skipped": "out of time (0 s)"}
 
@@ -209,11 +211,25 @@ def test_unknown_config() -> None:
 
 
 def test_a_first_step_takes_time() -> None:
-    assert first_step.seconds_here(NAME, "row", 64, CPU) > 0
+    assert first_step.seconds_here(NAME, ROW, 64, CPU) > 0
+    assert first_step.seconds_here(NAME, None, 64, CPU) > 0
 
 
 def test_the_whole_command(tmp_path, capsys) -> None:
-    arguments = ["--device", "cpu", "--config", NAME, "--tokens", "256", "--peers", "--recipes", "row", "--eager"]
+    fields = '{"preset": "row", "block_size": 64}'
+    arguments = [
+        "--device",
+        "cpu",
+        "--config",
+        NAME,
+        "--tokens",
+        "256",
+        "--peers",
+        "--recipes",
+        "row",
+        fields,
+        "--eager",
+    ]
     assert main([*arguments, "--sections", "gemm", "linear", "step", "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*-CPU-bench.json")
     results = json.loads(file.read_text())
@@ -222,7 +238,7 @@ def test_the_whole_command(tmp_path, capsys) -> None:
     assert "not a GPU" in results["about"]["device"]
     assert "--recipes row" in results["about"]["command"]
     page = file.with_suffix(".md").read_text()
-    assert page.count("| row") >= 1
+    assert "| Int8Recipe(block_size=64) |" in page
     assert "Training step of llama, 256 tokens, eager" in page
     assert file.with_suffix(".png").stat().st_size > 1000
     assert "too small to gain" in capsys.readouterr().out
@@ -235,7 +251,7 @@ def test_nothing_is_begun_without_time_and_all_of_it_is_named(tmp_path, capsys) 
     assert "GEMM from forward 32 32 on, 3 of 3: out of time (--seconds 0)" in out
     assert "linear from 32 32 on: out of time" in out
     assert "name a model with --config" in out
-    assert [file.suffix for file in Path(tmp_path).iterdir()] == [".json"]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import platform
 import re
 import shlex
@@ -27,7 +28,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.bench.report import tables, write
 from lightning_int8.bench.run import Run
-from lightning_int8.recipe import PRESETS
+from lightning_int8.recipe import PRESETS, Int8Recipe, resolve_recipe
 
 # Each section's share of the time, among those that are run; what one leaves is the next one's.
 SECTIONS = {"gemm": 0.2, "linear": 0.3, "step": 0.35, "first-step": 0.15}
@@ -43,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
         help="models, each a LightningCLI YAML, a folder with a transformers config.json, or package.module:function "
         "of a function that makes a causal language model; without one no training step is timed",
     )  # fmt: skip
-    made.add_argument("--recipes", nargs="+", choices=list(PRESETS), help="default: the config's own, or row block")
+    made.add_argument(
+        "--recipes", nargs="+", type=recipe, metavar="RECIPE",
+        help=f"of {', '.join(PRESETS)}, or fields as JSON, such as "
+        '\'{"preset": "row", "fuse_swiglu": true}\'; default: the config\'s own, or row block',
+    )  # fmt: skip
     made.add_argument("--peers", nargs="*", choices=TORCHAO, help="torchao's; default: its FP8 where it is installed")
     made.add_argument("--tokens", type=int, default=16384, help="tokens a step (a YAML's data decide for themselves)")
     made.add_argument("--shapes", nargs="+", type=shape, metavar="K,N", help="linears to time, as in,out features")
@@ -55,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("bench"), help="folder for <date>-<gpu>-bench.json, .md, .png"
     )
     return made
+
+
+def recipe(text: str) -> Int8Recipe:
+    """A preset by its name, or a recipe from its fields as JSON."""
+    try:
+        return resolve_recipe(json.loads(text) if text.startswith("{") else text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def shape(text: str) -> tuple[int, int]:

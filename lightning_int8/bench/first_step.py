@@ -1,10 +1,13 @@
 """The first training step of a fresh process, eager: what compiling the kernels costs, and what their cache saves.
 
-``python -m lightning_int8.bench.first_step CONFIG PRECISION TOKENS DEVICE`` is one such process; it prints its seconds.
+``python -m lightning_int8.bench.first_step CONFIG RECIPE TOKENS DEVICE`` is one such process; it prints its seconds.
+RECIPE is the recipe's fields as JSON, or ``null`` for BF16.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -16,18 +19,19 @@ from lightning_int8.bench.precisions import precisions
 from lightning_int8.bench.step import make_step
 from lightning_int8.bench.timing import seconds
 from lightning_int8.bench.workload import load
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
 
 
-def seconds_here(config: str, precision: str, tokens: int, device: torch.device) -> float:
+def seconds_here(config: str, recipe: Int8Recipe | None, tokens: int, device: torch.device) -> float:
     """Seconds from the first step's beginning to its end, in this process, once the model is on its device."""
     workload = load(config, tokens, device)
-    chosen = precisions([] if precision == "bf16" else [precision], [])[-1]
+    chosen = precisions([] if recipe is None else [recipe], [])[-1]
     model = chosen.convert(workload.model, workload.ignore_modules)
     step = make_step(workload, model, torch.optim.AdamW(model.parameters(), fused=True))
     return seconds(step, device)
 
 
-def measure(config: str, recipe: str, tokens: int, device: torch.device) -> dict[str, float | str]:
+def measure(config: str, recipe: Int8Recipe, tokens: int, device: torch.device) -> dict[str, float | str]:
     """Runs three processes one after the other: BF16, INT8 with an empty Triton cache, and INT8 with the cache filled.
 
     Returns:
@@ -36,9 +40,11 @@ def measure(config: str, recipe: str, tokens: int, device: torch.device) -> dict
     """
     found: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name, precision in (("bf16", "bf16"), ("empty cache", recipe), ("warm cache", recipe)):
+        fields = dataclasses.asdict(recipe)
+        for name, chosen in (("bf16", None), ("empty cache", fields), ("warm cache", fields)):
+            arguments = [config, json.dumps(chosen), str(tokens), str(device)]
             process = subprocess.run(
-                [sys.executable, "-m", "lightning_int8.bench.first_step", config, precision, str(tokens), str(device)],
+                [sys.executable, "-m", "lightning_int8.bench.first_step", *arguments],
                 env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False,
             )  # fmt: skip
             if process.returncode:
@@ -49,4 +55,6 @@ def measure(config: str, recipe: str, tokens: int, device: torch.device) -> dict
 
 
 if __name__ == "__main__":
-    print(seconds_here(sys.argv[1], sys.argv[2], int(sys.argv[3]), torch.device(sys.argv[4])))
+    given = json.loads(sys.argv[2])
+    chosen = None if given is None else resolve_recipe(given)
+    print(seconds_here(sys.argv[1], chosen, int(sys.argv[3]), torch.device(sys.argv[4])))

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.names import matches
-from lightning_int8.recipe import Int8Recipe, resolve_recipe
+from lightning_int8.recipe import Int8Recipe
 
 TORCHAO = ("fp8-rowwise", "fp8-tensorwise", "torchao-int8", "torchao-int8-swap")
 
@@ -33,11 +33,11 @@ class Precision:
     compiled: bool = False
 
 
-def precisions(recipes: Sequence[str | Int8Recipe], peers: Sequence[str]) -> list[Precision]:
+def precisions(recipes: Sequence[Int8Recipe], peers: Sequence[str]) -> list[Precision]:
     """BF16 first, then the recipes, then the peers.
 
     Raises:
-        ValueError: An unknown recipe or peer.
+        ValueError: An unknown peer.
         ModuleNotFoundError: A peer is asked for and torchao is not installed.
     """
     for name in peers:
@@ -47,8 +47,7 @@ def precisions(recipes: Sequence[str | Int8Recipe], peers: Sequence[str]) -> lis
         raise ModuleNotFoundError(
             f"--peers {' '.join(peers)} needs torchao: pip install torchao, or leave --peers out."
         )
-    resolved = [resolve_recipe(recipe) for recipe in recipes]
-    ours = [Precision(recipe.describe(), _ours(recipe), recipe=recipe) for recipe in resolved]
+    ours = [Precision(recipe.describe(), _ours(recipe), recipe=recipe) for recipe in recipes]
     theirs = [Precision(name, _torchao(name), compiled=True) for name in peers]
     return [Precision("bf16", lambda model, ignored: model), *ours, *theirs]
 

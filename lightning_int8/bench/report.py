@@ -149,8 +149,8 @@ def _first_steps(lines: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def markdown(results: Mapping[str, Any], plot: str) -> str:
-    """The whole result page."""
+def markdown(results: Mapping[str, Any], image: str | None) -> str:
+    """The whole result page, with the plot of that name."""
     about = results["about"]
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     head = [
@@ -159,8 +159,7 @@ def markdown(results: Mapping[str, Any], plot: str) -> str:
         f"`{about['command']}`, {about['seconds']:.0f} s. {packages}. A copy moves "
         f"{about['copy_bandwidth'] / 1e12:.2f} TB/s. Medians of interleaved rounds.",
         "",
-        f"![times BF16]({plot})",
-        "",
+        *([f"![times BF16]({image})", ""] if image else []),
     ]
     advice = ["## Advice", *(f"- {line}" for line in results["advice"]), ""] if results["advice"] else []
     skipped = ["## Not measured", *(f"- {line}" for line in results["skipped"]), ""] if results["skipped"] else []
@@ -204,13 +203,14 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
 
 
 def write(results: Mapping[str, Any], file: Path) -> list[Path]:
-    """Writes ``file`` with the endings ``.json``, ``.md`` and, where anything was measured, ``.png``."""
-    # No suffix is taken off: a GPU's name or a date may hold a dot.
+    """Writes ``file`` with the endings ``.json``, ``.md`` and, where there is a ratio to draw, ``.png``."""
+    # No suffix is taken off: a GPU's name may hold a dot.
     json_file, md_file, png_file = (file.with_name(file.name + end) for end in (".json", ".md", ".png"))
     file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(results, indent=1) + "\n")
-    if not list(_bars(results)):
-        return [json_file]
+    drawn = bool(list(_bars(results)))
+    md_file.write_text(markdown(results, png_file.name if drawn else None))
+    if not drawn:
+        return [json_file, md_file]
     plot(results, png_file)
-    md_file.write_text(markdown(results, png_file.name))
     return [json_file, md_file, png_file]

@@ -23,7 +23,7 @@ from lightning_int8.recipe import PRESETS
 # In-features and out-features of the linears of a 1B and an 8B Llama, and smaller.
 LINEARS = ((4096, 4096), (2048, 2048), (4096, 14336), (14336, 4096), (2048, 8192), (8192, 2048), (1024, 1024),
            (4096, 1024), (3072, 3072), (1536, 1536))  # fmt: skip
-
+DEFAULTS = (PRESETS["row"], PRESETS["block"])
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Run:
             until: By which fraction of the time each section begins its last measurement.
         """
         workload = load(config, self.args.tokens, self.device) if config else None
-        recipes = self.args.recipes or ([workload.recipe] if workload and workload.recipe else ["row", "block"])
+        recipes = self.args.recipes or ([workload.recipe] if workload and workload.recipe else DEFAULTS)
         compared = precisions(recipes, self.peers)
         ours = [precision for precision in compared if precision.recipe is not None]
         self.recipes |= dict.fromkeys(precision.name for precision in ours)
@@ -88,7 +88,9 @@ class Run:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._first_step(str(config), name, ours[0].name, tokens, until["first-step"])
+            for _ in self._in_time("first step", [name], until["first-step"]):
+                found = first_step.measure(str(config), recipes[0], tokens, self.device)
+                self.measured["first_step"].append({"model": name, "recipe": ours[0].name, **found})
 
     def _in_time(self, what: str, items: Sequence[T], until: float) -> Iterator[T]:
         """Those of ``items`` for which there is time; says from which on there was none."""
@@ -119,14 +121,6 @@ class Run:
         for k, n in self._in_time("linear", [shape for shape in shapes if shape not in known], until):
             line = linear.measure(tokens, k, n, compared, self.device, self.peak, self.bandwidth)
             self.measured["linear"].append(line)
-
-    def _first_step(self, config: str, name: str, recipe: str, tokens: int, until: float) -> None:
-        if recipe not in PRESETS:
-            self.skipped.append(f"the first step of {name}: recipe {recipe} is no preset; name one with --recipes")
-            return
-        for _ in self._in_time("first step", [name], until):
-            found = first_step.measure(config, recipe, tokens, self.device)
-            self.measured["first_step"].append({"model": name, "recipe": recipe, **found})
 
     def results(self, command: str) -> dict[str, Any]:
         """All that was measured, as JSON holds it."""
