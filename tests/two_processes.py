@@ -57,10 +57,14 @@ def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0, g
                 )
             )
     try:
-        return [worker.wait(timeout=timeout) for worker in workers]
+        for worker in workers:
+            worker.wait(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        pass  # its exit code tells
     finally:
         for worker in workers:
             worker.kill()
+    return [worker.wait() for worker in workers]
 
 
 def logs(folder: Path) -> str:
