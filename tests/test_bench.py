@@ -11,7 +11,7 @@ from torch import nn
 
 from examples.llama import Llama, LlamaConfig
 from lightning_int8.bench import first_step, gemm, linear, report, roofline, step, timing, workload
-from lightning_int8.bench.advice import advice, least_features
+from lightning_int8.bench.advice import least_features, linear_advice, step_advice
 from lightning_int8.bench.cli import last_begin, main
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
@@ -104,11 +104,22 @@ def test_the_threshold_leaves_out_every_layer_that_lost() -> None:
 
 def test_advice_names_the_layers_and_the_fix() -> None:
     lines = [line(4096, 4096, 1.2), line(2048, 2048, 0.9)]
-    (said,) = advice(lines, ["row"], {(2048, 2048): ["layers.0.q_proj", "layers.1.q_proj"]})
+    (said,) = linear_advice(lines, ["row"], {(2048, 2048): ["layers.0.q_proj", "layers.1.q_proj"]})
     assert "2048 → 2048 (0.90×, layers.0.q_proj and 1 more)" in said
     assert "min_features=4096" in said
-    assert "no layer gains" in advice(lines[1:], ["row"], {})[0]
-    assert "every layer" in advice(lines[:1], ["row"], {})[0]
+    assert "no layer gains" in linear_advice(lines[1:], ["row"], {})[0]
+    assert "every layer" in linear_advice(lines[:1], ["row"], {})[0]
+
+
+def test_advice_where_the_gpu_waits_for_the_host() -> None:
+    cells = {
+        "bf16": {"ms": 5.0, "gpu_ms": 5.0},
+        "row": {"ms": 10.0, "gpu_ms": 4.0},
+        "block": {"ms": 10.0, "gpu_ms": 9.5},
+    }
+    (said,) = step_advice([{"model": "m", "compiled": False, "cells": cells}], ["row", "block"])
+    assert "m, row: the GPU waits for the host 60% of the step" in said
+    assert "torch.compile" in said
 
 
 def test_each_section_gets_its_share_of_the_time() -> None:

@@ -1,4 +1,4 @@
-"""Which layers are too small to gain in INT8: from the linears that were measured to a threshold, and to names."""
+"""What to do about what was measured: which layers are too small to gain in INT8, and where the GPU waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_int8.small_layers import effective_features
+
+# Below this share of a step the GPU has too little to do.
+BUSY = 0.9
 
 
 def least_features(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
@@ -28,7 +31,9 @@ def least_features(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
     return int(min(above)) if above else None
 
 
-def advice(lines: Sequence[Mapping[str, Any]], recipes: Sequence[str], names: Mapping[Any, Sequence[str]]) -> list[str]:
+def linear_advice(
+    lines: Sequence[Mapping[str, Any]], recipes: Sequence[str], names: Mapping[Any, Sequence[str]]
+) -> list[str]:
     """What to do about the layers that were measured, one sentence each.
 
     Args:
@@ -38,7 +43,8 @@ def advice(lines: Sequence[Mapping[str, Any]], recipes: Sequence[str], names: Ma
     """
     said = []
     for recipe in recipes:
-        timed = {(line["k"], line["n"]): line["cells"][recipe] for line in lines if "ratio" in line["cells"][recipe]}
+        cells = {(line["k"], line["n"]): line["cells"].get(recipe, {}) for line in lines}
+        timed = {shape: cell for shape, cell in cells.items() if "ratio" in cell}
         lost = {shape: cell["ratio"] for shape, cell in timed.items() if cell["ratio"] < 1.0}
         if not timed:
             continue
@@ -53,6 +59,21 @@ def advice(lines: Sequence[Mapping[str, Any]], recipes: Sequence[str], names: Ma
             else "no layer gains: train in BF16, or use INT8 for its memory"
         )
         said.append(f"{recipe}: too small to gain: {shown}. Fix: {fix}.")
+    return said
+
+
+def step_advice(lines: Sequence[Mapping[str, Any]], recipes: Sequence[str]) -> list[str]:
+    """What to do about the training steps that were measured, one sentence each."""
+    said = []
+    for line in lines:
+        for recipe in recipes:
+            cell = line["cells"].get(recipe, {})
+            if "gpu_ms" in cell and cell["gpu_ms"] < BUSY * cell["ms"]:
+                fix = "a larger batch" if line["compiled"] else "torch.compile its layers, or a larger batch"
+                idle = 1 - cell["gpu_ms"] / cell["ms"]
+                said.append(
+                    f"{line['model']}, {recipe}: the GPU waits for the host {idle:.0%} of the step. Fix: {fix}."
+                )
     return said
 
 

@@ -127,14 +127,17 @@ def _step(line: Mapping[str, Any]) -> Table:
         peak = f"{cell['peak_gib']:.1f}" if cell.get("peak_gib") else "–"
         first = f"{cell['first_step_s']:.1f}" if "first_step_s" in cell else "–"
         rate = f"{cell['fallback_rate']:.2f}" if "fallback_rate" in cell else "–"
-        rows.append([head, text, peak, first, rate])
+        busy = f"{min(1.0, cell['gpu_ms'] / cell['ms']):.0%}" if "gpu_ms" in cell else "–"
+        rows.append([head, text, busy, peak, first, rate])
     how = "each repeated layer compiled" if line["compiled"] else "eager"
     title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}"
     note = (
         "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; steps of all "
         "precisions in turn, on the same parameters. First step: in this process, compilation included."
     )
-    return Table(title, note, ["precision", "ms a step", "peak GiB", "first step, s", "fallback rate"], rows)
+    return Table(
+        title, note, ["precision", "ms a step", "GPU busy", "peak GiB", "first step, s", "fallback rate"], rows
+    )
 
 
 def _first_steps(lines: Sequence[Mapping[str, Any]]) -> Table:

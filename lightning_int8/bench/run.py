@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 from lightning_int8.bench import first_step, gemm, linear, step
-from lightning_int8.bench.advice import advice
+from lightning_int8.bench.advice import linear_advice, step_advice
 from lightning_int8.bench.precisions import Precision, installed_peers, precisions, versions
 from lightning_int8.bench.roofline import peak_of
 from lightning_int8.bench.timing import Clock, copy_bandwidth
@@ -130,6 +130,9 @@ class Run:
                 "seconds": self.clock.spent, "copy_bandwidth": self.bandwidth, "command": command,
             },
             **self.measured,
-            "advice": advice(self.measured["linear"], list(self.recipes), self.names),
+            "advice": [
+                *linear_advice(self.measured["linear"], list(self.recipes), self.names),
+                *step_advice(self.measured["step"], list(self.recipes)),
+            ],
             "skipped": self.skipped,
         }  # fmt: skip

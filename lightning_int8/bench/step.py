@@ -71,7 +71,8 @@ def measure(
 
     Returns:
         ``model``, ``tokens``, ``compiled`` and ``cells``: for each precision ``ms``, ``ratio``, ``peak_gib``,
-        ``first_step_s`` (in this process, compilation included), ``fallback_rate`` and ``low_precision_share``;
+        ``first_step_s`` (in this process, compilation included), ``fallback_rate``, ``gpu_ms`` (of all kernels),
+        ``kernels`` (the longest) and ``low_precision_share``;
         ``error`` if it did not run, ``skipped`` if there was no time.
     """
     device = workload.device
@@ -105,9 +106,10 @@ def measure(
     for name, run in runs.items():
         cells[name] |= {"ms": times[name], "ratio": times["bf16"] / times[name], "peak_gib": peak_gib(run, device)}
         kernels = kernel_times(run, device)
-        cells[name]["kernels"] = dict(list(kernels.items())[:25])
-        if name != "bf16" and kernels:
-            cells[name]["low_precision_share"] = low_precision_share(kernels)
+        if kernels:
+            cells[name] |= {"gpu_ms": sum(kernels.values()), "kernels": dict(list(kernels.items())[:25])}
+            if name != "bf16":
+                cells[name]["low_precision_share"] = low_precision_share(kernels)
         rates = [rate for state in fallback_states(models[name]).values() if (rate := _mean_rate(state)) is not None]
         if rates:
             cells[name]["fallback_rate"] = statistics.mean(rates)
