@@ -16,8 +16,8 @@ from lightning_int8.recipe import Int8Recipe
 MinFeatures = int | Literal["auto"]
 
 # Least effective features by compute capability and scaling: measured with `lightning-int8-bench` over 16,384 tokens,
-# BF16, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle and move
-# it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
+# BF16, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle and
+# move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
 MEASURED: dict[tuple[int, int], dict[str, int]] = {}
 # For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
 UNMEASURED = 8192
