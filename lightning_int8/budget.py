@@ -4,13 +4,14 @@ A fixed band gives every operand of every layer the same rate. Here the threshol
 instead: the error that the next fallback block would remove, relative to its operand's power, is the same everywhere,
 and the price moves until the mean rate is the budget.
 
-An operand whose plain blocks end at the threshold θ is rounded to steps of about θ/127, so its error relative to its
-mean square P goes as θ²/P. Lowering ln θ by a little costs ρ = -d(rate)/d(ln θ) more blocks and removes 2θ²/P of it:
+With `row` scaling an operand's error relative to its mean square P is S/12P, where S is the mean square of its scales,
+and scales follow the threshold θ. Lowering ln θ by a little costs ρ = -d(rate)/d(ln θ) more blocks and removes 2S/12P:
 
-    value of one more block = θ² / (P ρ)
+    value of one more block ~ S / (P ρ)
 
-(`row`; with `block` scaling only the blocks above the threshold gain, and the value is θ²/P). ρ is measured too: a
-threshold alternates a little about its place, and ρ is the regression of the changes of the rate on those of ln θ.
+With `block` scaling only the blocks above the threshold gain, and the value is θ²/P. S and P are sampled where the
+operand is quantized. For ρ, a threshold alternates a little about its place, and ρ is the regression of the changes of
+the rate on those of ln θ.
 Everything is computed on the device from what the quantize kernels count, after the optimizer step, like the bands.
 """
 
@@ -19,24 +20,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.power import POWER_SUM
+from lightning_int8.kernels.power import POWER_SUM, STEP_SUM
 
-# Columns of FallbackState.tensor behind those of every recipe: mean squares summed since the last update and their
-# number; P; ln θ and rate at the last update that saw blocks; sums of the regression; how far ln θ is from its place;
-# ln of the price.
-POWER, LAST, LAST_RATE, SLOPE_XY, SLOPE_XX, OFFSET, PRICE = range(7, 14)
-COLUMNS = 14
+# Columns of FallbackState.tensor behind those of every recipe and of kernels/power.py: P and S; ln θ and rate at the
+# last update that saw blocks; sums of the regression; how far ln θ is from its place; ln of the price.
+POWER, STEP_POWER, LAST, LAST_RATE, SLOPE_XY, SLOPE_XX, OFFSET, PRICE = range(8, 16)
+COLUMNS = 16
 
-# Share of the last value that remains in an average: of P, and of the regression's sums.
+# Share of the last value that remains in an average: of P and S, and of the regression's sums.
 POWER_MEMORY, SLOPE_MEMORY = 0.7, 0.9
 # ρ before anything was measured, with the weight of a few steps; and its limits.
 PRIOR_DENSITY, PRIOR_WEIGHT = 5.0, 0.02
 MIN_DENSITY, MAX_DENSITY = 0.05, 50.0
+MIN_VALUE, MAX_VALUE = 1e-30, 1e30
 # ln θ alternates by at most this, and by what changes the rate by about `RATE_WIGGLE`.
 MAX_WIGGLE, RATE_WIGGLE = 0.1, 0.02
 # How much of its distance from the price ln θ covers in a step, and by how much the rate may change.
 GAIN, MAX_RATE_STEP = 0.15, 0.05
-PRICE_GAIN = 0.15
+PRICE_GAIN = 0.3
+# By how much ln θ comes down in a step at most.
+MAX_DESCENT = 0.03
 
 
 def move_to_price(
@@ -51,24 +54,26 @@ def move_to_price(
     """The next thresholds, and the columns from ``POWER`` on.
 
     Args:
-        table: ``FallbackState.tensor`` of all layers with this budget, float32 ``[rows, 14]``.
+        table: ``FallbackState.tensor`` of all layers with this budget, float32 ``[rows, 16]``.
         threshold: float32 ``[rows]``, NaN where not seeded.
-        counts: Since the last update and of all ranks: fallback blocks, blocks, sum of mean squares and their number,
-            each ``[rows]``.
+        counts: Since the last update and of all ranks: fallback blocks, blocks, sums of mean squares and of scales, and
+            their number, each ``[rows]``.
         weight: MMAs that one fallback block repeats, in any unit.
         limits: Lowest and highest rate, and largest factor of a step, each ``[rows]``.
         budget: Mean rate, weighted by ``weight``, that is aimed at.
         by_rows: Whether a row of the operand shares one scale (`row`), rather than a block.
     """
-    fallback, total, power_sum, power_count = counts
+    fallback, total, power_sum, step_sum, samples = counts
     low, high, factor = limits
-    seen = (total > 0) & threshold.isfinite() & (power_count + table[:, POWER] > 0)
+    seen = (total > 0) & threshold.isfinite() & (samples + table[:, POWER] > 0)
     place = threshold.where(seen, 1.0).log()
     rate = (fallback / total).where(seen, 0.0)
 
-    old = table[:, POWER]
-    new = power_sum / power_count
-    power = torch.where(power_count > 0, torch.where(old > 0, old + (1 - POWER_MEMORY) * (new - old), new), old)
+    def average(old: Tensor, new_sum: Tensor) -> Tensor:
+        new = new_sum / samples
+        return torch.where(samples > 0, torch.where(old > 0, old + (1 - POWER_MEMORY) * (new - old), new), old)
+
+    power, step_power = average(table[:, POWER], power_sum), average(table[:, STEP_POWER], step_sum)
 
     again = seen & (table[:, SLOPE_XX] > 0)
     change = (place - table[:, LAST]).where(again, 0.0)
@@ -78,9 +83,8 @@ def move_to_price(
     slope_xx = torch.where(again, SLOPE_MEMORY * slope_xx + change.square(), slope_xx)
     density = (slope_xy / slope_xx).clamp(MIN_DENSITY, MAX_DENSITY)
 
-    value = 2 * place - power.where(power > 0, 1.0).log()
-    if by_rows:
-        value = value - density.log()
+    error = step_power / density if by_rows else (2 * place).exp()
+    value = (error / power).clamp(MIN_VALUE, MAX_VALUE).nan_to_num(MIN_VALUE).log()
     cost = (weight * total).where(seen, 0.0)
     spent = (cost * rate).sum() / cost.sum()
     excess = ((spent - budget) / budget).clamp(-1, 1)
@@ -93,6 +97,10 @@ def move_to_price(
     step = GAIN * (price - value)
     most = torch.minimum(factor.log(), MAX_RATE_STEP / density)
     step = torch.maximum(torch.minimum(step, most), -most)
+    # Above the largest AbsMax a threshold changes nothing, and would not be found again when the values grow.
+    step = torch.where(rate == 0, step.clamp_max(0.0), step)
+    # Below a gap may lie the bulk of the blocks, all within a few percent, of which nothing has been seen yet.
+    step = step.clamp_min(-MAX_DESCENT)
     step = torch.where(rate > high, most, torch.where(rate < low, -most, step))
     offset = torch.where(table[:, OFFSET] > 0, -1.0, 1.0) * (RATE_WIGGLE / density).clamp_max(MAX_WIGGLE)
     moved = torch.where(seen, (place - table[:, OFFSET] + step + offset).exp(), threshold)
@@ -100,6 +108,7 @@ def move_to_price(
     columns = torch.stack(
         [
             power,
+            step_power,
             torch.where(seen, place, table[:, LAST]),
             torch.where(seen, rate, table[:, LAST_RATE]),
             torch.where(seen, slope_xy, table[:, SLOPE_XY]),
@@ -114,6 +123,5 @@ def move_to_price(
 
 def scale_units(part: Tensor, factor: float) -> None:
     """Changes the gradients' rows in place when their unit changed by ``factor`` (a loss scale)."""
-    part[1:, POWER] *= factor**2
-    part[1:, POWER_SUM] *= factor**2
+    part[1:, [POWER_SUM, STEP_SUM, POWER, STEP_POWER]] *= factor**2
     part[1:, LAST] += torch.tensor(factor).log().item()

@@ -107,10 +107,11 @@ class _BlockFallback:
         update: bool,
         row_scale: Tensor | None = None,
         column_scale: Tensor | None = None,
+        step: Tensor | None = None,
     ) -> None:
-        """What a budget weighs the errors of ``diag(row_scale)·x·diag(column_scale)`` against."""
+        """What a budget weighs: ``diag(row_scale)·x·diag(column_scale)``, and the scales it was quantized with."""
         if self.recipe.budget is not None and state is not None:
-            measure_power(x, row_scale, column_scale, state, operand, update)
+            measure_power(x, row_scale, column_scale, step, state, operand, update)
 
     def _matrix(
         self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
@@ -132,8 +133,8 @@ class RowScheme(_BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        self._measure_power(x, state, 0, update)
         planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        self._measure_power(x, state, 0, update, step=planes[5])
         return self.input_of(planes, tuple(x.shape), wgrad)
 
     def input_of(self, planes: Sequence[Tensor], size: tuple[int, int], wgrad: bool) -> QuantizedInput:
@@ -163,10 +164,6 @@ class RowScheme(_BlockFallback):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
         _, _, _, input_scale, int_max = saved or [None] * 5
-        if weight_scale is not None:
-            self._measure_power(dy, state, 1, update, column_scale=weight_scale)
-        if input_scale is not None:
-            self._measure_power(dy, state, 2, update, row_scale=input_scale)
         planes = ops.quantize_row_gradient(
             dy,
             weight_scale,
@@ -181,6 +178,10 @@ class RowScheme(_BlockFallback):
             bias,
             backend,
         )
+        if weight_scale is not None:
+            self._measure_power(dy, state, 1, update, column_scale=weight_scale, step=planes[3])
+        if input_scale is not None:
+            self._measure_power(dy, state, 2, update, row_scale=input_scale, step=planes[7])
         return self._gradient(planes, tuple(dy.shape), weight, saved, size, bias)
 
     def quantize_swiglu_gradient(
@@ -188,7 +189,7 @@ class RowScheme(_BlockFallback):
         dh: Tensor,
         gate: Tensor,
         up: Tensor,
-        weights: tuple[QuantizedWeight, QuantizedWeight] | None,
+        weights: Sequence[QuantizedWeight] | None,
         saved: tuple[Tensor, ...] | None,
         size: tuple[int, int],
         states: tuple[Tensor | None, Tensor | None],
@@ -295,9 +296,9 @@ class BlockScheme(_BlockFallback):
 class VectorScheme:
     """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
 
-    def __init__(self, recipe: Int8Recipe) -> None:
     quantizes_weight_once = False
 
+    def __init__(self, recipe: Int8Recipe) -> None:
         self.recipe = recipe
 
     def _quantize(self, x: Tensor, backend: str) -> QuantizedMatrix:

@@ -178,7 +178,7 @@ def update_thresholds(
 
     Call it once after each ``optimizer.step()``; the Lightning and Fabric plugins do. Runs on the device without a host
     synchronisation: a few kernels for the whole model. In a distributed run the counts of all ranks are summed (one
-    all-reduce of 4 floats an operand, 6 under a budget), and thresholds come out identical on every rank. Every rank
+    all-reduce of 4 floats an operand, 7 under a budget), and thresholds come out identical on every rank. Every rank
     must hold the same layers and call this together.
 
     Args:
@@ -242,7 +242,7 @@ def _update_group(
         moved, extra = budget.move_to_price(
             table, threshold, (fallback, total, *powers), weight, (low, high, factor), recipe.budget, by_rows
         )
-        extra = torch.cat([torch.zeros_like(extra[:, :2]), extra], dim=1)
+        extra = torch.cat([torch.zeros_like(table[:, POWER_SUM : POWER_COUNT + 1]), extra], dim=1)
     moved = moved.clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     new_rate = torch.where(total > 0, rate, table[:, RATE])
     zero = torch.zeros_like(moved)

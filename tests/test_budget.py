@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
-from lightning_int8.budget import COLUMNS, POWER
-from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, measure_power
+from lightning_int8.budget import COLUMNS, POWER, STEP_POWER
+from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, STEP_SUM, measure_power
 from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS
 from tests.tiny import TinyModel, assert_same, batches, thresholds
 
@@ -35,6 +35,7 @@ def simulate(draws: list[Callable[[Tensor], Tensor]], powers: list[float], steps
             part[FALLBACK_BLOCKS] += (amax > part[THRESHOLD]).sum()
             part[TOTAL_BLOCKS] += BLOCKS
             part[POWER_SUM] += power
+            part[STEP_SUM] += part[THRESHOLD].clamp(max=amax.max()) ** 2  # each row of plain blocks ends at θ
             part[POWER_COUNT] += 1
         update_thresholds([state])
         assert state.tensor is not None
@@ -72,12 +73,13 @@ def test_thresholds_follow_a_change_of_the_unit():
     """What a loss scale multiplies the gradients with must not look like a change of the rate."""
     state = FallbackState(RECIPE)
     row = torch.zeros(3, COLUMNS)
-    row[:, [THRESHOLD, POWER]] = torch.tensor([2.0, 3.0])
+    row[:, [THRESHOLD, POWER, STEP_POWER]] = torch.tensor([2.0, 3.0, 0.5])
     state.load_state_dict({"operands": list(state.operands), "tensor": row})
     state.discard_counts(gradient_factor=4.0)
     assert state.tensor is not None
     assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0, 8.0]
     assert state.tensor[:, POWER].tolist() == [3.0, 48.0, 48.0]
+    assert state.tensor[:, STEP_POWER].tolist() == [0.5, 8.0, 8.0]
 
 
 def test_power_is_the_mean_square_of_the_scaled_operand():
@@ -87,17 +89,18 @@ def test_power_is_the_mean_square_of_the_scaled_operand():
     state = torch.zeros(2, COLUMNS)
     for scales in ((None, None), (rows, None), (None, columns)):
         state.zero_()
-        measure_power(x, *scales, state, 1, True)
+        measure_power(x, *scales, torch.tensor([[1.0, 3.0]]), state, 1, True)
         want = x * (1 if scales[0] is None else rows[:, None]) * (1 if scales[1] is None else columns)
         torch.testing.assert_close(state[1, POWER_SUM], want.square().mean())
+        assert state[1, STEP_SUM] == 5.0
         assert state[1, POWER_COUNT] == 1
         assert not state[0].any()
     x[3, 3] = float("inf")
-    measure_power(x, None, None, state, 1, True)
+    measure_power(x, None, None, None, state, 1, True)
     assert state[1].isfinite().all()
     assert state[1, POWER_COUNT] == 1
     before = state.clone()
-    measure_power(x.nan_to_num(), None, None, state, 1, False)
+    measure_power(x.nan_to_num(), None, None, None, state, 1, False)
     assert torch.equal(before, state)
 
 
@@ -106,7 +109,7 @@ def test_sample_of_a_long_operand_is_not_all_first_tokens():
     x = torch.ones(128 * 256, 8)
     x[::128] = 100.0
     state = torch.zeros(1, COLUMNS)
-    measure_power(x, None, None, state, 0, True)
+    measure_power(x, None, None, None, state, 0, True)
     assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
 
 
@@ -133,9 +136,9 @@ def test_training_under_a_budget_and_its_checkpoint(scaling):
     moved = thresholds(models[0])["layers.0.up_proj"]
     assert moved.shape[1] == COLUMNS
     assert (moved[:, POWER] > 0).all()
-    assert not moved[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS, POWER_SUM, POWER_COUNT]].any()
+    assert not moved[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS, POWER_SUM, STEP_SUM, POWER_COUNT]].any()
     fixed = FallbackState(dataclasses.replace(recipe, budget=None))
-    with pytest.raises(ValueError, match=r"14 numbers each.* \(5 each\)"):
+    with pytest.raises(ValueError, match=r"16 numbers each.* \(5 each\)"):
         fixed.load_state_dict(fallback_states(models[0])["lm_head"].state_dict())
 
 
