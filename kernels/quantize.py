@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
     "block_planes": dict(_PLANES),
-    "gradient_statistics": dict(_ROWS_AT_A_TIME),
+    "gradient_statistics": {block: {"num_warps": 1, "PART": 1024 // block, "STAGES": 3} for block in BLOCKS},
     "gradient_planes": dict(_PLANES),
     "swiglu_statistics": dict(_ROWS_AT_A_TIME),
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
@@ -182,7 +182,7 @@ def quantize_row_gradient(
         with on(dy):
             gradient_statistics[(row_blocks * column_blocks,)](
                 dy, input_scale, input_int_max, weight_scale, *statistics, rows, columns, *dy.stride(),
-                B=block, **options("gradient_statistics", block),
+                B=block, **row_options("gradient_statistics", block, dy),
             )  # fmt: skip
     return gradient_from_statistics(
         dy, statistics, weight_scale, input_scale, state, seed_rate, capacity, block, update, stochastic
@@ -411,6 +411,12 @@ def options(kernel: str, block: int) -> dict:
     """What ``kernel`` is launched with, for blocks of edge ``block``."""
     # The reference rounds after each multiplication and addition, which fused ones would not.
     return {**OPTIONS[kernel][block], "enable_fp_fusion": False}
+
+
+def row_options(kernel: str, block: int, x: Tensor) -> dict:
+    """The same for a kernel that takes ``PART`` rows of ``x`` at a time: fewer if elements are wider than 16 bits."""
+    found = options(kernel, block)
+    return found | {"PART": max(found["PART"] * 2 // x.element_size(), 256 // block)}
 
 
 def _parts(kernel: str, blocks: int, block: int) -> tuple[int]:

@@ -56,16 +56,17 @@ def row_statistics(a, amax, weight, column_block, r, rows):
 
 @triton.jit
 def fold_rows(tile):
-    """``[PART, B]`` as ``[2, PART / 2, B]``, such that a warp adds or compares the halves without exchanging anything.
+    """``[PART, B]`` as ``[PART·B / 256, 256 / B, B]``, whose first axis one warp reduces without exchanging anything.
 
-    A warp's 16-byte loads cover half of a 16-bit tile of 512 elements, so each thread holds the same place of both.
+    A warp's 16-byte loads of a 16-bit tile cover 256 elements at a time, so each thread holds the same place of all.
     """
-    return tl.reshape(tile, [2, tile.shape[0] // 2, tile.shape[1]])
+    B: tl.constexpr = tile.shape[1]
+    return tl.reshape(tile, [tile.shape[0] * B // 256, 256 // B, B])
 
 
 @triton.jit
 def column_statistics(tile, fold, int_max, largest, weighted):
-    """Adds rows ``[PART, B]`` of ``G = dY·s`` to the AbsMax and weighted sums ``[PART / 2, B]`` of its columns."""
+    """Adds rows ``[PART, B]`` of ``G = dY·s`` to the AbsMax and weighted sums ``[256 / B, B]`` of its columns."""
     g = tl.abs(tile * fold[:, None])
     largest = _larger(largest, tl.reduce(fold_rows(g), 0, _larger))
     return largest, weighted + tl.sum(fold_rows(g * (int_max * 4.656612873077393e-10)[:, None]), 0)
@@ -152,9 +153,9 @@ def gradient_statistics(
     if column_fold is not None:
         fold_c = tl.load(column_fold + c, mask=c < columns, other=0.0)
     a_largest = tl.zeros([PART], tl.int32)
-    g_largest = tl.zeros([PART // 2, B], tl.float32)
-    g_weighted = tl.zeros([PART // 2, B], tl.float32)
-    dy_sum = tl.zeros([PART // 2, B], tl.float32)
+    g_largest = tl.zeros([256 // B, B], tl.float32)
+    g_weighted = tl.zeros([256 // B, B], tl.float32)
+    dy_sum = tl.zeros([256 // B, B], tl.float32)
     int_sum = tl.zeros([PART], tl.float32)
     for start in tl.range(0, B, PART, num_stages=STAGES):
         tile = load_tile(dy, row_block * B + start, column_block * B, i, j, rows, columns, stride_r, stride_c)

@@ -21,8 +21,8 @@ from lightning_int8.kernels.quantize import (
     check,
     gradient_from_statistics,
     on,
-    options,
     row_from_statistics,
+    row_options,
 )
 from lightning_int8.kernels.statistics import column_statistics, fold_rows, row_statistics, store_column_statistics
 
@@ -147,12 +147,12 @@ def swiglu_gradient_statistics(
             up_a_weight = a_weight + by_rows
     gate_a = tl.zeros([PART], tl.int32)
     up_a = tl.zeros([PART], tl.int32)
-    gate_g = tl.zeros([PART // 2, B], tl.float32)
-    up_g = tl.zeros([PART // 2, B], tl.float32)
-    gate_weighted = tl.zeros([PART // 2, B], tl.float32)
-    up_weighted = tl.zeros([PART // 2, B], tl.float32)
-    gate_sum = tl.zeros([PART // 2, B], tl.float32)
-    up_sum = tl.zeros([PART // 2, B], tl.float32)
+    gate_g = tl.zeros([256 // B, B], tl.float32)
+    up_g = tl.zeros([256 // B, B], tl.float32)
+    gate_weighted = tl.zeros([256 // B, B], tl.float32)
+    up_weighted = tl.zeros([256 // B, B], tl.float32)
+    gate_sum = tl.zeros([256 // B, B], tl.float32)
+    up_sum = tl.zeros([256 // B, B], tl.float32)
     int_sum = tl.zeros([PART], tl.float32)
     for start in tl.range(0, B, PART, num_stages=STAGES):
         r = row_block * B + start + i
@@ -238,7 +238,7 @@ def swiglu_row(
     statistics = MatrixStatistics.empty(h, capacity, block)
     with on(h):
         swiglu_statistics[_grid(h, block)](
-            gate, up, h, *statistics, rows, columns, B=block, **options("swiglu_statistics", block)
+            gate, up, h, *statistics, rows, columns, B=block, **row_options("swiglu_statistics", block, h)
         )
     return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
 
@@ -291,7 +291,7 @@ def swiglu_row_gradient(
     with on(gate):
         swiglu_gradient_statistics[_grid(gate, block)](
             dh, gate, up, *gradients, input_scale, input_int_max, gate_scale, up_scale, *pair, rows, columns,
-            B=block, **options("swiglu_gradient_statistics", block),
+            B=block, **row_options("swiglu_gradient_statistics", block, gate),
         )  # fmt: skip
     out: list[Tensor] = []
     for i, (dy, scale, state) in enumerate(zip(gradients, (gate_scale, up_scale), (gate_state, up_state), strict=True)):

@@ -120,6 +120,7 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
         and recipe.forward
         and recipe.dgrad
         and recipe.wgrad
+        and recipe.budget is None
         and gate.weight.shape == up.weight.shape
         and gate.weight.dtype == up.weight.dtype
         and gate.weight.requires_grad == up.weight.requires_grad

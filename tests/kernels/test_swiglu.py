@@ -50,7 +50,8 @@ else:
             if i in highs:
                 used = int((wanted[slots[highs.index(i)]] >= 0).sum())
                 a, b = a[:used], b[:used]
-            assert_close(f"{name} {i}", a, b, EXACT, check_dtype=True)
+            # The bias gradient's sum is taken in another order.
+            assert_close(f"{name} {i}", a, b, 90 if i == 8 else EXACT, check_dtype=True)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("shape", "capacity"), [((70, 50, 32), 3), ((64, 70, 64), 0)])
