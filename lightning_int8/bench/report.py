@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,39 +169,44 @@ def markdown(results: Mapping[str, Any], image: str | None) -> str:
     return "\n".join([*head, *(table.markdown() for table in tables(results)), *advice, *skipped])
 
 
-def _bars(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """Each panel's title and, by line and precision, times BF16."""
-    groups = {
+def _panels(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]]:
+    """By panel and line the cells that have a ratio, but for BF16's own."""
+    panels = {
         "GEMM": {f"{x['product']} {x['k']}, {x['n']}": x["cells"] for x in results["gemm"]},
         "Linear layer": {f"{x['k']} → {x['n']}": x["cells"] for x in results["linear"]},
         "Training step": {f"{x['model']}": x["cells"] for x in results["step"]},
     }
-    for title, lines in groups.items():
-        ratios = {
-            line: {head: cell["ratio"] for head, cell in cells.items() if head != "bf16" and "ratio" in cell}
+    measured = {
+        title: {
+            line: {head: cell for head, cell in cells.items() if head != "bf16" and "ratio" in cell}
             for line, cells in lines.items()
         }
-        if any(ratios.values()):
-            yield title, ratios
+        for title, lines in panels.items()
+    }
+    return {title: lines for title, lines in measured.items() if any(lines.values())}
 
 
 def plot(results: Mapping[str, Any], file: Path) -> None:
-    """Draws every ratio to BF16 as a bar, one panel a table."""
-    panels = list(_bars(results))
-    figure = Figure(figsize=(9, 1 + sum(1 + 0.45 * len(lines) for _, lines in panels)), layout="constrained")
+    """Draws every ratio to BF16 as a bar, with a mark where the modelled roofline lies, one panel a table."""
+    panels = _panels(results)
+    heights = [1 + 0.45 * len(lines) for lines in panels.values()]
+    figure = Figure(figsize=(10, 1 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[1 + len(lines) for _, lines in panels])[:, 0]
-    for axis, (title, lines) in zip(axes, panels, strict=True):
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         heads = list(dict.fromkeys(head for line in lines.values() for head in line))
         width = 0.8 / len(heads)
         for index, head in enumerate(heads):
-            places = [row + index * width for row, line in enumerate(lines.values()) if head in line]
-            axis.barh(places, [line[head] for line in lines.values() if head in line], width, label=head)
+            cells = {row + index * width: line[head] for row, line in enumerate(lines.values()) if head in line}
+            axis.barh(list(cells), [cell["ratio"] for cell in cells.values()], width, label=head)
+            modelled = {place: cell for place, cell in cells.items() if "model_ms" in cell}
+            limits = [cell["ratio"] * cell["ms"] / cell["model_ms"] for cell in modelled.values()]
+            axis.plot(limits, list(modelled), "k|", markersize=6)
         axis.set_yticks([row + 0.4 - width / 2 for row in range(len(lines))], list(lines))
         axis.invert_yaxis()
         axis.axvline(1.0, color="gray", lw=1)
-        axis.set_title(f"{title}: times BF16 (right of the line is faster)", loc="left", fontsize=10)
-        axis.legend(fontsize=7, loc="lower right")
+        axis.set_title(f"{title}: times BF16 (right of the line is faster; |: roofline)", loc="left", fontsize=10)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(file, dpi=110)
 
 
@@ -211,7 +216,7 @@ def write(results: Mapping[str, Any], file: Path) -> list[Path]:
     json_file, md_file, png_file = (file.with_name(file.name + end) for end in (".json", ".md", ".png"))
     file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(results, indent=1) + "\n")
-    drawn = bool(list(_bars(results)))
+    drawn = bool(_panels(results))
     md_file.write_text(markdown(results, png_file.name if drawn else None))
     if not drawn:
         return [json_file, md_file]
