@@ -7,6 +7,7 @@ Started with torchrun's environment variables: `python -m tests.checkpoint_worke
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, api
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_int8 import FallbackInt8Precision, consolidate_checkpoint
+from lightning_int8 import FallbackInt8Precision, VerifiedCheckpointIO, consolidate_checkpoint
 from lightning_int8.plugin_core import clip_grad_norm
 from tests.distributed_worker import CpuFSDPStrategy, Sharded
 from tests.tiny import BATCH, GPU_RECIPE, Block, TinyModule, batches, thresholds, trainer
@@ -36,12 +37,17 @@ PAIRS = {
     "fsdp2-sharded": ("fsdp2",),
 }
 PLAIN = ("ddp", "fsdp1-sharded", "fsdp2-sharded")
+# Where torchao's AdamW8bit can be saved and resumed.
+EIGHT_BITS = ("ddp", "fsdp2-sharded")
 
 
 class Phase(TinyModule):
-    def __init__(self, phase: int) -> None:
+    def __init__(self, phase: int, optimizer: Any) -> None:
         super().__init__(steps=2 * STEPS)
-        self.phase = phase
+        self.phase, self.optimizer = phase, optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), lr=1e-2)
 
     def train_dataloader(self) -> DataLoader:
         """Each rank its half of the batches; one device all, in turn."""
@@ -105,20 +111,23 @@ def run(
     *,
     int8: bool = True,
     save: Path | None = None,
+    optimizer: Any = torch.optim.AdamW,
 ) -> dict[str, Any]:
     """Trains one phase; ``name`` is one of ``STRATEGIES`` or ``"single"``."""
-    plugin = FallbackInt8Precision(GPU_RECIPE, "32-true") if int8 else None
+    plugins: list[Any] = [FallbackInt8Precision(GPU_RECIPE, "32-true")] if int8 else []
+    if name == "ddp":
+        plugins.append(VerifiedCheckpointIO())
     options: dict[str, Any] = {"accelerator": device, "max_epochs": phase + 1, "use_distributed_sampler": False}
     # Lightning does not clip norms under FSDP1 without the plugin.
     options |= {"gradient_clip_val": CLIP if int8 else None}
     if name == "single":
-        model: Phase = OneDevicePhase(phase)
+        model: Phase = OneDevicePhase(phase, optimizer)
         options |= {"accumulate_grad_batches": 2}
     else:
-        model = ShardedPhase(phase) if name.startswith("fsdp2") else Phase(phase)
+        model = (ShardedPhase if name.startswith("fsdp2") else Phase)(phase, optimizer)
         options |= {"devices": 2, "strategy": strategy(name, device)}
     clipped = ClippedNorms()
-    run = trainer(folder, plugin=plugin, callbacks=[clipped], **options)
+    run = trainer(folder, plugin=plugins, callbacks=[clipped], **options)
     run.fit(model, ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)
@@ -154,6 +163,15 @@ def main() -> None:
         results[f"single > plain {name}"] = run(folder, device, name, 1, folder / "single", int8=False, save=saved)
         results[f"plain {name} > {name}"] = run(folder, device, name, 2, saved)
         results[f"{name} > plain {name}"] = run(folder, device, name, 2, folder / name, int8=False)
+    if device == "cpu":
+        from torchao.optim import AdamW8bit
+
+        # It compiles its step, for half a minute.
+        torch.compile = functools.partial(torch.compile, backend="eager")
+        for name in EIGHT_BITS:
+            saved = folder / f"8-bit {name}"
+            results[f"{name}, 8-bit"] = run(folder, device, name, 0, None, save=saved, optimizer=AdamW8bit)
+            results[f"{name}, 8-bit, resumed"] = run(folder, device, name, 1, saved, optimizer=AdamW8bit)
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_int8 import consolidate_checkpoint
-from tests.checkpoint_worker import CLIP, PAIRS, PLAIN, STEPS, STRATEGIES, run
+from tests.checkpoint_worker import CLIP, EIGHT_BITS, PAIRS, PLAIN, STEPS, STRATEGIES, run
 from tests.tiny import assert_same
 from tests.two_processes import DEVICES, launch, logs
 
@@ -67,6 +67,19 @@ def test_int8_is_left_and_taken_up(ranks, one_device, name: str) -> None:
     first, second = (rank[f"plain {name} > {name}"]["thresholds"] for rank in ranks)
     assert_same(first, second)
     assert all(table[0].isfinite().all() for table in first.values())
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_8bit_states_train_alike_and_are_resumed(ranks, one_device, name: str) -> None:
+    if one_device["device"] == "gpu":
+        pytest.skip("torchao compiles for too long")
+    for rank in ranks:
+        for part, full in (("", None), (", resumed", "single > ddp")):
+            losses = rank[f"{name}, 8-bit{part}"]["losses"]
+            assert losses == pytest.approx(rank[f"ddp, 8-bit{part}"]["losses"], rel=1e-3)
+            if full:
+                # Not what fresh states would do.
+                assert losses == pytest.approx(rank[full]["losses"], rel=5e-3)
 
 
 def test_the_references_differ_and_their_gradients_are_clipped(one_device) -> None:
