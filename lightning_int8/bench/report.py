@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-# Below this share of its GEMM time in 8 bits, a peer is not what its name says.
-LOW_PRECISION = 0.5
+# Below this share of its GEMM time in 8 bits, a peer is not what its name says; a step's output head is in BF16.
+LOW_PRECISION = 0.2
 
 
 class Table:
