@@ -19,11 +19,10 @@ Run = Callable[[], object]
 _HEAD_START = 40_000_000
 # GEMM kernels of cuBLAS, CUTLASS, Triton and this package. Hopper's cuBLAS encodes its types: nvjet_sm90_qqtst reads
 # FP8 (q), nvjet_sm90_tst BF16.
-_GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|_mm_kernel|row\w*_kernel|block\w*_kernel|triton_tem", re.IGNORECASE)
+_OURS = r"^(_gemm_)?(row|block)\w*_kernel"
+_GEMM = re.compile(rf"gemm|nvjet|cutlass|xmma|_mm_kernel|triton_tem|{_OURS}", re.IGNORECASE)
 _LOW_PRECISION = re.compile(
-    r"nvjet_sm\d+_[qoy]|e4m3|e5m2|_f8|fp8|float8|_s8_|int8|_i8|imma|igemm"
-    r"|^(_gemm_)?(row|block)\w*_kernel",
-    re.IGNORECASE,
+    rf"nvjet_sm\d+_[qoy]|e4m3|e5m2|_f8|fp8|float8|_s8_|int8|_i8|imma|igemm|{_OURS}", re.IGNORECASE
 )
 
 
