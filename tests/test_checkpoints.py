@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_int8 import consolidate_checkpoint
-from tests.checkpoint_worker import CLIP, EIGHT_BITS, PAIRS, PLAIN, STEPS, STRATEGIES, run
+from tests.checkpoint_worker import ANY, CLIP, EIGHT_BITS, PAIRS, PLAIN, STEPS, STRATEGIES, run
 from tests.tiny import assert_same
 from tests.two_processes import DEVICES, launch, logs
 
@@ -56,6 +56,13 @@ def test_a_resumed_run_follows_one_device(ranks, one_device, name: str) -> None:
     assert_same(ranks[0][name]["thresholds"], ranks[1][name]["thresholds"])
     tables = ranks[0][name]["thresholds"], expected["thresholds"]
     torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("name", [source for source, targets in PAIRS.items() if targets == ANY])
+def test_one_device_takes_over(one_device, name: str) -> None:
+    resumed = run(one_device["folder"], one_device["device"], "single", 2, one_device["folder"] / name)
+    assert resumed["losses"] == pytest.approx(one_device["int8 2"]["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)
