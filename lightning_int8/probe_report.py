@@ -21,7 +21,7 @@ def summary_table(result: ProbeResult) -> Table:
     table = Table(title=f"SQNR in dB over {len(result.linears)} linears, median / worst", title_justify="left")
     table.add_column("method")
     for gemm in GEMMS:
-        table.add_column(_TITLES[gemm], justify="right")
+        table.add_column(_TITLES[gemm], justify="right", no_wrap=True)
     table.add_column("KL (nats)", justify="right")
     table.add_column("same top-1", justify="right")
     for method in sorted(result.kl, key=lambda name: result.kl[name]):

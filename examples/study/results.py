@@ -117,7 +117,7 @@ def _join_fallback_rates(folder: Path, finished: Finished) -> None:
 
 
 def _draw(file: Path, finished: Finished) -> None:
-    """Held-out losses over tokens, and below the gap of the smoothed training losses to the BF16 run of that seed."""
+    """Held-out losses over tokens, and below the gap of the smoothed training losses to BF16's on the same batches."""
     groups: dict[tuple[str, ...], list[tuple[Run, dict[str, Any]]]] = {}
     for run, result in finished:
         groups.setdefault(_group(run), []).append((run, result))
@@ -126,13 +126,13 @@ def _draw(file: Path, finished: Finished) -> None:
     panels = figure.subplots(2, len(groups), squeeze=False, height_ratios=[3, 2])
     for column, members in enumerate(groups.values()):
         upper, lower = panels[:, column]
-        base = next((r for run, r in members if run.int8 is None and run.float8 is None), None)
+        seed, base = next(((run.seed, r) for run, r in members if run.int8 is None and run.float8 is None), (0, None))
         for run, result in members:
             tokens_a_step = result["tokens"] / result["steps"]
             held_out = {int(step): loss for step, loss in result["curve"]["val_loss"].items()}
             (line,) = upper.plot([s * tokens_a_step for s in held_out], list(held_out.values()), ".-", label=run.name)
             losses = {int(step): loss for step, loss in result["curve"]["train_loss"].items()}
-            if base is not None and base is not result:
+            if base is not None and base is not result and run.seed == seed:
                 full = {int(step): loss for step, loss in base["curve"]["train_loss"].items()}
                 gaps = _smooth([100 * (losses[s] / full[s] - 1) for s in losses if s in full])
                 steps = [s * tokens_a_step for s in losses if s in full]
