@@ -55,7 +55,7 @@ def measure(
     compiled: bool,
     clock: Clock,
     until: float,
-    steps: int = 8,
+    steps: int = 5,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Times the workload's training step in every precision for which there is time.
@@ -66,7 +66,7 @@ def measure(
         compiled: Whether each repeated layer is compiled (the whole model where there is none), or nothing.
         clock: No other precision is begun once ``until`` of it is spent.
         until: A fraction of the clock's time.
-        steps: Rounds to time, after two of warm-up.
+        steps: Rounds to time, after one of warm-up.
         report: Told what is done.
 
     Returns:
@@ -102,7 +102,7 @@ def measure(
             runs[precision.name], models[precision.name] = step, model
         except Exception as error:
             cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    times = interleaved(runs, device, steps, steady=True)
+    times = interleaved(runs, device, steps, warmup=1, steady=True)
     for name, run in runs.items():
         cells[name] |= {"ms": times[name], "ratio": times["bf16"] / times[name], "peak_gib": peak_gib(run, device)}
         kernels = kernel_times(run, device)
