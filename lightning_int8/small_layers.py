@@ -19,8 +19,8 @@ MinFeatures = int | Literal["auto"]
 # BF16, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle and
 # move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
 MEASURED: dict[tuple[int, int], dict[str, int]] = {
-    # H100, docs/results/2026-11-22-H100.md: `row` loses up to 3277 (2048 → 8192), gains from 4096 on; `block` loses up to
-    # 8192, the largest that was measured.
+    # H100, docs/results/2026-11-22-H100-bench.md: `row` loses up to 3277 (2048 → 8192) and gains from 4096 on; `block`
+    # loses up to 8192, the largest that was measured.
     (9, 0): {"row": 4096, "block": 16384},
 }
 # For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
