@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -49,6 +49,8 @@ class LlamaModule(L.LightningModule):
         min_learning_rate_fraction: Where the cosine ends, as a fraction of ``learning_rate``.
         optimizer: AdamW, or another class that takes its parameters, ``lr`` and ``betas``, such as
             ``torchao.optim.AdamW8bit`` or ``bitsandbytes.optim.AdamW8bit``.
+        compile: `torch.compile`'s mode for each decoder layer; ``"reduce-overhead"`` replays CUDA graphs, without which
+            a small model waits for the host. ``None``: eager.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class LlamaModule(L.LightningModule):
         warmup_steps: int = 20,
         min_learning_rate_fraction: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        compile: Literal["default", "reduce-overhead"] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, Mapping):
@@ -70,6 +73,7 @@ class LlamaModule(L.LightningModule):
             raise ValueError(f"LlamaModule: warmup_steps={warmup_steps!r} must be at least 0.")
         self.config = config
         self.optimizer = optimizer
+        self.replays_graphs = compile == "reduce-overhead"
         # Plain types, so that a checkpoint needs no class of this file to be read.
         self.save_hyperparameters(
             {
@@ -82,6 +86,9 @@ class LlamaModule(L.LightningModule):
             }
         )
         self.model = Llama(config)
+        # Layer by layer: the same program serves all of them, and compiles in the time of one.
+        for layer in self.model.layers if compile else ():
+            layer.compile(mode=compile)
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
 
@@ -96,6 +103,8 @@ class LlamaModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross entropy of the next tokens."""
+        if self.replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         loss, _ = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -113,8 +122,9 @@ class LlamaModule(L.LightningModule):
         return self(batch[:, :-1]).argmax(-1)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **kwargs: Any) -> Tensor:
-        """Continues a prompt; see :meth:`Llama.generate`."""
-        return self.model.generate(tokens, max_new_tokens, **kwargs)
+        """Continues a prompt; see :meth:`Llama.generate`. Eagerly: each length would be another graph."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.model.generate(tokens, max_new_tokens, **kwargs)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer with linear warm-up and cosine decay over the Trainer's steps."""

@@ -184,3 +184,20 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:
     other = Llama(dataclasses.replace(SMALL, ffn_dim=64))
     with pytest.raises(RuntimeError, match=r"size mismatch for layers\.0\.mlp\.gate_proj\.weight"):
         other.load_state_dict(torch.load(tmp_path / "model.pt"))
+
+
+def test_compiled_layers_compute_load_and_generate_as_eager_ones() -> None:
+    """Inductor takes its time: some 15 seconds on two cores."""
+    eager, compiled = LlamaModule(SMALL), LlamaModule(SMALL, compile="reduce-overhead")
+    compiled.load_state_dict(eager.state_dict())
+    ids = torch.randint(61, (2, 17))
+    losses = []
+    for module in (eager, compiled):
+        loss, _ = module._loss(ids)
+        loss.backward()
+        losses.append(loss)
+    assert_close("loss", losses[0], losses[1], 100)
+    for name, parameter in eager.named_parameters():
+        assert_close(name, parameter.grad, compiled.get_parameter(name).grad, 100)
+    prompt = ids[:1, :4]
+    assert torch.equal(eager.generate(prompt, 5, temperature=0), compiled.generate(prompt, 5, temperature=0))
