@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import readme
 from examples.llama import Llama, LlamaConfig
 from lightning_int8.bench import first_step, gemm, linear, report, roofline, step, timing, workload
 from lightning_int8.bench.advice import least_features, linear_advice, step_advice
@@ -292,3 +293,12 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     assert page.count("ran BF16 kernels") == 2
     assert "| fp8-rowwise | 1.0 (2.00) |" in page
     assert "skipped: out of time" in page
+
+
+def test_readmes_table_is_drawn_from_the_numbers_it_names() -> None:
+    text = (readme.ROOT / "README.md").read_text()
+    source = text.partition(readme.BEGIN.partition("{}")[0])[2].partition(" -->")[0]
+    results = json.loads((readme.ROOT / source).read_text())
+    assert readme.drawn(text, source, results) == text
+    with pytest.raises(ValueError, match=r"no '<!-- drawn by"):
+        readme.drawn("no markers", source, results)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_int8 import __version__
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.names import matches
 from lightning_int8.recipe import Int8Recipe
@@ -86,8 +87,8 @@ def _torchao(name: str) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
 
 def versions() -> dict[str, str]:
     """Of what is compared."""
-    found = {}
-    for package in ("lightning-int8", "torch", "triton", "torchao", "lightning", "transformers"):
+    found = {"lightning-int8": __version__}
+    for package in ("torch", "triton", "torchao", "lightning", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
