@@ -121,6 +121,23 @@ def move_to_price(
     return moved, columns
 
 
+def shared_weights(total: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """Weights in which those of rows that saw no blocks go to the row before them, in their group, that did.
+
+    Layers that read one X share its planes, so the first of them counts blocks that all of their GEMMs repeat.
+
+    Args:
+        total: Blocks counted, float32 ``[rows]``, as the others.
+        weight: MMAs that one fallback block repeats in the row's own layer.
+        group: Equal positive numbers for rows that may share an X; 0 for all others.
+    """
+    rows = torch.arange(len(total), device=total.device)
+    counted = total > 0
+    source = torch.where(counted & (group > 0), rows, -1).cummax(0).values.clamp_min(0)
+    reader = ~counted & (group > 0) & (group[source] == group) & counted[source]
+    return weight.index_add(0, source, weight.where(reader, 0.0))
+
+
 def scale_units(part: Tensor, factor: float) -> None:
     """Changes the gradients' rows in place when their unit changed by ``factor`` (a loss scale)."""
     part[1:, [POWER_SUM, STEP_SUM, POWER, STEP_POWER]] *= factor**2

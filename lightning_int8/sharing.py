@@ -39,6 +39,7 @@ def share_inputs(groups: Iterable[nn.Module]) -> None:
         for child in group.children():
             if hasattr(child, "int8_shares_input"):
                 child.int8_shares_input = True
+                child.int8_state.input_group = id(group)
 
 
 def shared_planes(source: Tensor, key: tuple[Any, ...], wgrad: bool) -> QuantizedInput | None:

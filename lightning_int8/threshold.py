@@ -39,6 +39,7 @@ class FallbackState:
         recipe: The layer's recipe.
         operands: Names of the operands with a threshold, in the order of ``tensor``'s rows.
         mmas: For each operand, the MMAs that one of its fallback blocks repeats, in any unit: its weight in a budget.
+        input_group: Equal for layers that may read the same planes of X, which one of them makes and counts.
         columns: Of ``tensor``: 5, and those of :mod:`lightning_int8.budget` for a recipe with a budget.
         parts: Two float32 ``[len(operands), columns]`` on the layer's device, or ``None`` until a device is known: the
             first is the forward's, which writes row 0 (X), the second the backward's, which writes the others. Two,
@@ -62,6 +63,7 @@ class FallbackState:
         # X meets W in the forward and dY in the wgrad; dY meets W, with the in-features as columns, and X.
         x, dgrad = features[0] * (recipe.forward + recipe.wgrad), features[1] * recipe.dgrad
         wgrad = features[1] * recipe.wgrad
+        self.input_group: int | None = None
         self.mmas = {"x": x, "dy_dgrad": dgrad, "dy_wgrad": wgrad, "dy": dgrad + wgrad}
         self.parts: tuple[Tensor, Tensor] | None = None
 
@@ -237,7 +239,7 @@ def _update_group(
         step = torch.where(direction == 0, step, direction * size)
         moved = torch.where(direction == 0, threshold, threshold * factor**step)
     else:
-        weight = _on_device(tuple((float(s.mmas[operand]),) for s in states for operand in s.operands), device)[:, 0]
+        weight = budget.shared_weights(total, *_on_device(_weights(states), device).unbind(1))
         by_rows = recipe.scaling == "row"
         moved, extra = budget.move_to_price(
             table, threshold, (fallback, total, *powers), weight, (low, high, factor), recipe.budget, by_rows
@@ -250,6 +252,17 @@ def _update_group(
     of_layer = updated.split([len(state.operands) for state in states])
     # Both parts hold every row, so that either shows the whole state between updates.
     torch._foreach_copy_([part for pair in parts for part in pair], [rows for rows in of_layer for _ in range(2)])
+
+
+def _weights(states: list[FallbackState]) -> tuple[tuple[float, float], ...]:
+    """For each row of a group's table the MMAs of a fallback block, and the number of its input group, or 0."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(s.input_group for s in states), start=1)}
+    numbers[None] = 0
+    return tuple(
+        (float(state.mmas[operand]), float(numbers[state.input_group] if operand == "x" else 0))
+        for state in states
+        for operand in state.operands
+    )
 
 
 # Kept, so that a step copies nothing from the host: a CUDA graph of it would read the copied memory again.

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.llama import Attention, LlamaConfig
 from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
-from lightning_int8.budget import COLUMNS, POWER, STEP_POWER
+from lightning_int8.budget import COLUMNS, POWER, STEP_POWER, shared_weights
 from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, STEP_SUM, measure_power
-from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS
+from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS, _weights
 from tests.tiny import TinyModel, assert_same, batches, thresholds
 
 LIMIT = (0.0, 0.4)
@@ -80,6 +81,23 @@ def test_thresholds_follow_a_change_of_the_unit():
     assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0, 8.0]
     assert state.tensor[:, POWER].tolist() == [3.0, 48.0, 48.0]
     assert state.tensor[:, STEP_POWER].tolist() == [0.5, 8.0, 8.0]
+
+
+def test_blocks_of_a_shared_input_weigh_what_all_its_readers_repeat():
+    """q, k and v of 32, 16 and 16 out-features read one X of 32: q counts its blocks, which meet 64 columns."""
+    model = Attention(LlamaConfig(dim=32, n_heads=4, n_kv_heads=2, n_layers=1, ffn_dim=32))
+    convert_to_int8(model, RECIPE)
+    states = list(fallback_states(model).values())
+    own, group = torch.tensor(_weights(states)).unbind(1)
+    x, dgrad, wgrad = own.view(4, 3).unbind(1)
+    assert x.tolist() == [2 * 32, 2 * 16, 2 * 16, 2 * 32]
+    assert dgrad.tolist() == wgrad.tolist() == [32] * 4
+    total = torch.ones(4, 3)
+    total[1:3, 0] = 0
+    assert shared_weights(total.flatten(), own, group).view(4, 3)[:, 0].tolist() == [128, 32, 32, 64]
+    assert torch.equal(shared_weights(torch.ones(12), own, group), own)
+    # A layer that did not run at all, and has no group, leaves its weight to nobody.
+    assert torch.equal(shared_weights(total.flatten(), own, torch.zeros(12)), own)
 
 
 def test_power_is_the_mean_square_of_the_scaled_operand():
