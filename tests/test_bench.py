@@ -161,6 +161,9 @@ def test_unknown_peer_and_recipe(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--recipes", "rows"])
     assert "argument --recipes: Unknown recipe 'rows'; the presets are row" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--min-features", "-1"])
+    assert "min_features=-1 must be 'auto' or an integer" in capsys.readouterr().err
 
 
 def test_all_precisions_train_the_same_parameters() -> None:
@@ -204,11 +207,11 @@ def test_workload_of_a_lightning_config(tmp_path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         "trainer:\n  accelerator: cpu\n  plugins:\n    class_path: lightning_int8.FallbackInt8Precision\n"
-        "    init_args: {recipe: block, ignore_modules: [layers.0]}\n"
+        "    init_args: {recipe: block, ignore_modules: [layers.0], min_features: auto}\n"
         "model: {class_path: tests.tiny.TinyModule}\n"
     )
     work = workload.load(str(config), 1, CPU)
-    assert work.recipe.scaling == "block"
+    assert (work.recipe.scaling, work.min_features) == ("block", "auto")
     assert work.shapes == {
         (64, 128): ["model.layers.1.up_proj"],
         (128, 64): ["model.layers.1.down_proj"],
@@ -228,25 +231,13 @@ def test_a_first_step_takes_time() -> None:
 
 
 def test_the_whole_command(tmp_path, capsys) -> None:
-    fields = '{"preset": "row", "block_size": 64}'
-    arguments = [
-        "--device",
-        "cpu",
-        "--config",
-        NAME,
-        "--tokens",
-        "256",
-        "--peers",
-        "--recipes",
-        "row",
-        fields,
-        "--eager",
-    ]
-    assert main([*arguments, "--sections", "gemm", "linear", "step", "--output", str(tmp_path)]) == 0
+    how = f"--device cpu --config {NAME} --tokens 256 --peers --eager --min-features 40 --sections gemm linear step"
+    recipes = ["--recipes", "row", '{"preset": "row", "block_size": 64}']
+    assert main([*how.split(), *recipes, "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*-CPU-bench.json")
     results = json.loads(file.read_text())
     assert {(line["k"], line["n"]) for line in results["linear"]} == {(32, 32), (32, 16), (32, 64), (64, 32)}
-    assert [line["model"] for line in results["step"]] == ["llama"]
+    assert [(line["model"], line["min_features"]) for line in results["step"]] == [("llama", 40)]
     assert "not a GPU" in results["about"]["device"]
     assert "--recipes row" in results["about"]["command"]
     page = file.with_suffix(".md").read_text()
@@ -287,12 +278,13 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     results = {
         "gemm": [], "first_step": [],
         "linear": [{"tokens": 8, "k": 4, "n": 4, "cells": cells}],
-        "step": [{"model": "m", "tokens": 8, "compiled": True, "cells": cells}],
+        "step": [{"model": "m", "tokens": 8, "compiled": True, "min_features": 64, "cells": cells}],
     }  # fmt: skip
     page = "\n".join(table.markdown() for table in report.tables(results))
     assert page.count("ran BF16 kernels") == 2
     assert "| fp8-rowwise | 1.0 (2.00) |" in page
     assert "skipped: out of time" in page
+    assert "min_features=64" in page
 
 
 def test_readmes_table_is_drawn_from_the_numbers_it_names() -> None:

@@ -29,6 +29,7 @@ from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.bench.report import tables, write
 from lightning_int8.bench.run import Run
 from lightning_int8.recipe import PRESETS, Int8Recipe, resolve_recipe
+from lightning_int8.small_layers import MinFeatures, check_min_features
 
 # Each section's share of the time, among those that are run; what one leaves is the next one's.
 SECTIONS = {"gemm": 0.2, "linear": 0.3, "step": 0.35, "first-step": 0.15}
@@ -50,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         '\'{"preset": "row", "fuse_swiglu": true}\'; default: the config\'s own, or row block',
     )  # fmt: skip
     made.add_argument("--peers", nargs="*", choices=TORCHAO, help="torchao's; default: its FP8 where it is installed")
+    made.add_argument(
+        "--min-features", type=min_features, help="'auto' or a number, for the step; default: the config's, or 0"
+    )
     made.add_argument("--tokens", type=int, default=16384, help="tokens a step (a YAML's data decide for themselves)")
     made.add_argument("--shapes", nargs="+", type=shape, metavar="K,N", help="linears to time, as in,out features")
     made.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
@@ -67,6 +71,14 @@ def recipe(text: str) -> Int8Recipe:
     try:
         return resolve_recipe(json.loads(text) if text.startswith("{") else text)
     except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def min_features(text: str) -> MinFeatures:
+    """``auto`` or a number."""
+    try:
+        return check_min_features("auto" if text == "auto" else int(text))
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 

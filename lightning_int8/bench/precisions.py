@@ -13,6 +13,7 @@ from lightning_int8 import __version__
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.names import matches
 from lightning_int8.recipe import Int8Recipe
+from lightning_int8.small_layers import MinFeatures
 
 TORCHAO = ("fp8-rowwise", "fp8-tensorwise", "torchao-int8", "torchao-int8-swap")
 
@@ -34,8 +35,8 @@ class Precision:
     compiled: bool = False
 
 
-def precisions(recipes: Sequence[Int8Recipe], peers: Sequence[str]) -> list[Precision]:
-    """BF16 first, then the recipes, then the peers.
+def precisions(recipes: Sequence[Int8Recipe], peers: Sequence[str], min_features: MinFeatures = 0) -> list[Precision]:
+    """BF16 first, then the recipes, which leave out layers below ``min_features``, then the peers.
 
     Raises:
         ValueError: An unknown peer.
@@ -48,7 +49,7 @@ def precisions(recipes: Sequence[Int8Recipe], peers: Sequence[str]) -> list[Prec
         raise ModuleNotFoundError(
             f"--peers {' '.join(peers)} needs torchao: pip install torchao, or leave --peers out."
         )
-    ours = [Precision(recipe.describe(), _ours(recipe), recipe=recipe) for recipe in recipes]
+    ours = [Precision(recipe.describe(), _ours(recipe, min_features), recipe=recipe) for recipe in recipes]
     theirs = [Precision(name, _torchao(name), compiled=True) for name in peers]
     return [Precision("bf16", lambda model, ignored: model), *ours, *theirs]
 
@@ -58,9 +59,9 @@ def installed_peers() -> list[str]:
     return list(TORCHAO[:2]) if importlib.util.find_spec("torchao") is not None else []
 
 
-def _ours(recipe: Int8Recipe) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+def _ours(recipe: Int8Recipe, min_features: MinFeatures) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     def convert(model: nn.Module, ignored: Sequence[str]) -> nn.Module:
-        convert_to_int8(model, recipe, list(ignored))
+        convert_to_int8(model, recipe, list(ignored), min_features=min_features)
         return model
 
     return convert

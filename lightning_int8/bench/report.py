@@ -130,7 +130,8 @@ def _step(line: Mapping[str, Any]) -> Table:
         busy = f"{min(1.0, cell['gpu_ms'] / cell['ms']):.0%}" if "gpu_ms" in cell else "–"
         rows.append([head, text, busy, peak, first, rate])
     how = "each repeated layer compiled" if line["compiled"] else "eager"
-    title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}"
+    least = f", min_features={line['min_features']}" if line["min_features"] else ""
+    title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}{least}"
     note = (
         "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; steps of all "
         "precisions in turn, on the same parameters. First step: in this process, compilation included."

@@ -78,8 +78,10 @@ class Run:
         if "step" in until:
             task = self.bar.add_task(f"step of {workload.name}", total=None)
             say = lambda text: self.bar.update(task, description=text)  # noqa: E731
-            line = step.measure(workload, compared, not self.args.eager, self.clock, until["step"], report=say)
-            self.measured["step"].append(line)
+            least = workload.min_features if self.args.min_features is None else self.args.min_features
+            trained = precisions(recipes, self.peers, least)
+            line = step.measure(workload, trained, not self.args.eager, self.clock, until["step"], report=say)
+            self.measured["step"].append({**line, "min_features": least})
             self.bar.update(task, total=1, completed=1, description=f"step of {workload.name}")
         if "first-step" in until:
             name = workload.name

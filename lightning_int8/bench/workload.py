@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.recipe import Int8Recipe
+from lightning_int8.small_layers import MinFeatures
 
 LONGEST_SEQUENCE = 2048
 
@@ -38,6 +39,7 @@ class Workload:
         loss: From a model like ``model`` and ``batch`` to the training loss, to be called under autocast.
         ignore_modules: Patterns of the layers that stay in full precision.
         recipe: What the config trains with; ``None`` where it does not say.
+        min_features: Below which features it leaves layers in full precision.
         shapes: The names of the linears that a conversion would take, by (in-features, out-features).
     """
 
@@ -48,6 +50,7 @@ class Workload:
     loss: Callable[[nn.Module, Any], Tensor]
     ignore_modules: tuple[str, ...] = ()
     recipe: Int8Recipe | None = None
+    min_features: MinFeatures = 0
     shapes: dict[tuple[int, int], list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,6 +142,7 @@ def _from_lightning(file: str, device: torch.device) -> Workload:
         loss=lambda model, batch: _loss_of(model.training_step(batch, 0)),  # type: ignore[operator]
         ignore_modules=tuple(ours.ignore_modules or ()) if ours else (),
         recipe=ours.recipe if ours else None,
+        min_features=ours.min_features if ours else 0,
     )
 
 
