@@ -34,9 +34,9 @@ from lightning_int8.kernels import portable
 from lightning_int8.kernels.hopper_block import block_kernel
 from lightning_int8.kernels.hopper_row import row_kernel
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
-from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient
+from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient, transposed_integers
 
-__all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize_row_gradient"]
+__all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize_row_gradient", "transposed_integers"]
 
 # The edge of a fallback block; this backend has no other.
 BLOCK = 128

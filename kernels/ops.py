@@ -151,6 +151,18 @@ def _(x, state, operand, seed_rate, capacity, block, update, transpose, stochast
     )
 
 
+@_define("transposed_integers")
+def transposed_integers(x: Tensor, scale: Tensor, block: int, backend: str) -> Tensor:
+    """See :func:`lightning_int8.kernels.reference.transposed_integers`."""
+    return backends.load(backend).transposed_integers(x, scale, block)
+
+
+@_fake("transposed_integers")
+def _(x, scale, block, backend):
+    rows, columns = x.shape
+    return x.new_empty(columns, padded(rows, block), dtype=torch.int8)
+
+
 def _gemm_fake(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, backend):
     return a_low.new_empty(a_low.shape[0], b_low.shape[0], dtype=out_dtype)
 

@@ -443,6 +443,26 @@ def gemm_block(
     return _finish(out, bias, out_dtype, accumulate)
 
 
+# --- both scalings ----------------------------------------------------------------------------------------------------
+
+
+def transposed_integers(x: Tensor, scale: Tensor, block: int) -> Tensor:
+    """The ``low_t`` of `quantize_row` or `quantize_block` without fallback, given the scales that it has found.
+
+    Args:
+        x: float ``[R, Q]``, any strides.
+        scale: float32 ``[R]`` or ``[RB, QB]``.
+        block: Block edge ``B``.
+
+    Returns:
+        int8 ``[Q, RB·B]``.
+    """
+    inverse = 1.0 / scale
+    v = x.float() * (inverse[:, None] if scale.dim() == 1 else _spread(inverse, *x.shape, block))
+    low = v.round_().clamp_(-INT8_MAX, INT8_MAX).nan_to_num_(0.0).to(torch.int8)
+    return _transposed(low, low.new_empty(0, block, block), block)[0]
+
+
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 

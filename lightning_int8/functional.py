@@ -5,9 +5,9 @@
     wgrad     dW = dYᵀ X
 
 Each runs in INT8 when the recipe says so, otherwise in X's dtype. What is saved for the backward is X's transposed INT8
-planes and scales (or X itself when the wgrad is not INT8) and a reference to the weight; W is quantized again for the
-dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go, unless its planes
-are kept between optimizer steps (:mod:`lightning_int8.weight_planes`).
+planes and scales (or X itself when the wgrad is not INT8), a reference to the weight, and its scales; W's integers are
+made again for the dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go,
+unless its planes are kept between optimizer steps (:mod:`lightning_int8.weight_planes`).
 """
 
 from __future__ import annotations
@@ -49,17 +49,20 @@ class _Int8Linear(torch.autograd.Function):
     ) -> Tensor:
         scheme = scheme_of(recipe)
         saved: tuple[Tensor, ...] = ()
+        weight_scale = None
         if needs[1]:
             saved = planes.saved if recipe.wgrad and planes is not None else (x,)
         if recipe.forward and planes is not None:
             w = (weight_planes or scheme.quantize_weight(weight, False, backend)).forward
             assert w is not None
+            if weight_planes is None and needs[0] and recipe.dgrad and scheme.quantizes_weight_once:
+                weight_scale = w.scale
             y = scheme.gemm(planes.operand, w, bias, x.dtype, backend)
             if planes.remainder is not None:
                 y = y + planes.remainder
         else:
             y = _high_precision_linear(x, weight, bias)
-        ctx.save_for_backward(weight, *saved)
+        ctx.save_for_backward(weight, weight_scale, *saved)
         # Not a saved tensor, which may not change until the backward: a layer called twice counts in both backwards.
         ctx.state, ctx.weight_planes = state, weight_planes
         ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
@@ -70,14 +73,19 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        weight, *saved = ctx.saved_tensors
+        weight, weight_scale, *saved = ctx.saved_tensors
         recipe, backend, state = ctx.recipe, ctx.backend, ctx.state
         needs_dx, needs_dw, needs_db = ctx.needs
         scheme = scheme_of(recipe)
         int8_dgrad, int8_wgrad = needs_dx and recipe.dgrad, needs_dw and recipe.wgrad
         dx = dw = db = None
         if int8_dgrad or int8_wgrad:
-            w = (ctx.weight_planes or scheme.quantize_weight(weight, True, backend)) if int8_dgrad else None
+            w = ctx.weight_planes if int8_dgrad else None
+            if int8_dgrad and w is None:
+                if weight_scale is None:
+                    w = scheme.quantize_weight(weight, True, backend)
+                else:
+                    w = scheme.transpose_weight(weight, weight_scale, backend)
             g = scheme.quantize_gradient(
                 dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, ctx.update, needs_db, backend
             )

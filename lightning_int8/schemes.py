@@ -62,6 +62,10 @@ class Scheme(Protocol):
         """W ``[N, K]`` for the forward, or with ``transposed`` for the dgrad (and the forward, if that comes along)."""
         ...
 
+    def transpose_weight(self, weight: Tensor, scale: Tensor, backend: str) -> QuantizedWeight:
+        """W for the dgrad, given the scale of its forward operand: read once. Only if ``quantizes_weight_once``."""
+        ...
+
     def quantize_gradient(
         self,
         dy: Tensor,
@@ -159,6 +163,12 @@ class RowScheme(_BlockFallback):
         if not transposed:
             return QuantizedWeight(forward)
         return QuantizedWeight(forward, QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
+
+    def transpose_weight(self, weight, scale, backend):
+        low_t = ops.transposed_integers(weight, scale, self.block, backend)
+        return QuantizedWeight(
+            None, QuantizedMatrix(low_t, None, None, None, tuple(weight.shape)[::-1], self.block), scale
+        )
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
@@ -267,6 +277,11 @@ class BlockScheme(_BlockFallback):
         forward = self._matrix(low, high, slot, scale, size, 0)
         return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if transposed else None)
 
+    def transpose_weight(self, weight, scale, backend):
+        low_t = ops.transposed_integers(weight, scale, self.block, backend)
+        size = tuple(weight.shape)[::-1]
+        return QuantizedWeight(None, QuantizedMatrix(low_t, None, None, scale.t().contiguous(), size, self.block))
+
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         self._measure_power(dy, state, 1, update)
@@ -317,6 +332,9 @@ class VectorScheme:
         if transposed:
             return QuantizedWeight(None, self._quantize(weight.t(), backend))
         return QuantizedWeight(self._quantize(weight, backend))
+
+    def transpose_weight(self, weight, scale, backend):
+        raise NotImplementedError("scales of W's rows do not serve its columns: quantizes_weight_once is false")
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         dgrad = None if weight is None else self._quantize(dy, backend)

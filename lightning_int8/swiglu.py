@@ -49,17 +49,19 @@ class _Int8SwiGLU(torch.autograd.Function):
         needs: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor, ...]:
         scheme = RowScheme(recipe)
-        weights = [
-            w or scheme.quantize_weight(v, False, backend) for w, v in zip(kept, (gate_weight, up_weight), strict=True)
+        operands: list[Any] = [
+            (w or scheme.quantize_weight(weight, False, backend)).forward
+            for w, weight in zip(kept, (gate_weight, up_weight), strict=True)
         ]
         gate, up = (
-            scheme.gemm(planes.operand, w.forward, bias, dtype, backend)
-            for w, bias in zip(weights, (gate_bias, up_bias), strict=True)
+            scheme.gemm(planes.operand, operand, bias, dtype, backend)
+            for operand, bias in zip(operands, (gate_bias, up_bias), strict=True)
         )
         h, *h_planes = scheme.quantize_swiglu(gate, up, down_state, update, needs[3], backend)
         ctx.mark_non_differentiable(*h_planes)
         if any(needs[:3]):
-            ctx.save_for_backward(gate_weight, up_weight, gate, up, *planes.saved)
+            scales = [operand.scale for operand in operands]
+            ctx.save_for_backward(gate_weight, up_weight, *scales, gate, up, *planes.saved)
         # Not saved tensors, which may not change until the backward: a layer called twice counts in both backwards.
         ctx.states, ctx.kept = states, kept
         ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
@@ -69,15 +71,15 @@ class _Int8SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate_weight, up_weight, gate, up, *saved = ctx.saved_tensors
+        gate_weight, up_weight, gate_scale, up_scale, gate, up, *saved = ctx.saved_tensors
         backend = ctx.backend
         needs_dx, needs_dw, needs_db, _ = ctx.needs
         scheme = RowScheme(ctx.recipe)
         weights = None
         if needs_dx:
             weights = [
-                w or scheme.quantize_weight(v, True, backend)
-                for w, v in zip(ctx.kept, (gate_weight, up_weight), strict=True)
+                w or scheme.transpose_weight(v, scale, backend)
+                for w, v, scale in zip(ctx.kept, (gate_weight, up_weight), (gate_scale, up_scale), strict=True)
             ]
         gradients = scheme.quantize_swiglu_gradient(
             grad_outputs[0], gate, up, weights, tuple(saved) if needs_dw else None, ctx.input_size, ctx.states,

@@ -24,6 +24,8 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     capacity = 5 if fallback else 0
     quantize.quantize_row(x, state, 0, 0.2, capacity, block, True, not transposed)
     quantize.quantize_block(x, state, 0, 0.2, capacity, block, True, True, stochastic)
+    quantize.transposed_integers(x, torch.empty(rows), block)
+    quantize.transposed_integers(x, torch.empty(-(-rows // block), -(-columns // block)), block)
     s, t = torch.empty(rows), torch.empty(columns)
     quantize.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     if dtype is not torch.float64 and not transposed:

@@ -214,6 +214,15 @@ else:
         if state is not None:
             assert_close("state", state, device_state, EXACT)
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_transposed_integers(layout):
+        x, device = tensor(70, 50, torch.float32, "non-finite", layout)
+        row = quantize.quantize_row(device, None, 0, 0.0, 0, 32, False, True)
+        block = quantize.quantize_block(device, None, 0, 0.0, 0, 32, False, True, False)
+        for low_t, scale in ((row[1], row[5]), (block[1], block[5])):
+            assert_close("Triton", low_t, quantize.transposed_integers(device, scale, 32), EXACT, check_dtype=True)
+            assert_close("reference", low_t, reference.transposed_integers(x, scale.cpu(), 32), EXACT, check_dtype=True)
+
     @pytest.mark.parametrize("capacity", [0, 1])
     def test_the_default_block(capacity):
         case = ATTACK | {"rows": 130, "columns": 140, "kind": "outliers", "dtype": torch.bfloat16, "block": 128}
