@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from examples.study.plan import Run
 
 Finished = Sequence[tuple[Run, dict[str, Any]]]
+# What the runs over seeds have in common.
+SEEDS = Run(name="seeds")
 COLUMNS = (
     "run",
     "held_out_loss",
@@ -53,20 +55,19 @@ def _group(run: Run) -> tuple[str, ...]:
     return (json.dumps(run.model, sort_keys=True), run.objective, run.corpus, str(run.init_from), str(run.share))
 
 
-def _baselines(finished: Finished, run: Run) -> list[float]:
-    """Held-out losses of the BF16 runs that ``run`` is compared with."""
-    return [
-        result["val_loss"]
-        for other, result in finished
-        if other.int8 is None and other.float8 is None and _group(other) == _group(run)
-    ]
+def _baseline(finished: Finished, run: Run) -> float | None:
+    """Held-out loss of the BF16 run that differs from ``run`` in its precision alone: same weights, same batches."""
+    for other, result in finished:
+        if other.int8 is None and other.float8 is None and (_group(other), other.seed) == (_group(run), run.seed):
+            return result["val_loss"]
+    return None
 
 
 def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
     deviation = _seed_deviation(finished)
     rows = []
     for run, result in finished:
-        base = _baselines(finished, run)
+        base = _baseline(finished, run)
         row = dict.fromkeys(COLUMNS, "")
         row |= {
             "run": run.name,
@@ -78,10 +79,10 @@ def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
             "tokens": str(result["tokens"]),
             "device": result["device"],
         }
-        if base:
-            gap = result["val_loss"] - statistics.mean(base)
-            row["gap_percent"] = f"{100 * gap / statistics.mean(base):+.3f}"
-            if deviation and run.corpus == "python" and not run.model:
+        if base is not None:
+            gap = result["val_loss"] - base
+            row["gap_percent"] = f"{100 * gap / base:+.3f}"
+            if deviation and _group(run) == _group(SEEDS):
                 row["gap_in_seed_deviations"] = f"{gap / deviation:+.1f}"
         rows.append(row)
     return rows
@@ -92,7 +93,7 @@ def _seed_deviation(finished: Finished) -> float | None:
     losses = [
         result["val_loss"]
         for run, result in finished
-        if run.int8 is None and run.float8 is None and _group(run) == _group(Run(name="baseline"))
+        if run.int8 is None and run.float8 is None and _group(run) == _group(SEEDS)
     ]
     return statistics.stdev(losses) if len(losses) > 1 else None
 
