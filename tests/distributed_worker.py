@@ -5,6 +5,7 @@ Started by `test_distributed.py` with torchrun's environment variables: `python 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def plain_fsdp1(folder: Path) -> dict[str, Any]:
     return {"thresholds": thresholds(root), "is_fsdp1": _is_fsdp1([model])}
 
 
+def budget(folder: Path) -> dict[str, Any]:
+    """Ranks with other batches, whose mean squares must be reduced with the counts."""
+    torch.manual_seed(1)
+    model = TinyModel()
+    convert_to_int8(model, dataclasses.replace(RECIPE, budget=0.1, activation_band=(0, 0.4), gradient_band=(0, 0.4)))
+    x, _ = batches(2)
+    for _ in range(4):
+        model(x[dist.get_rank() * BATCH :][:BATCH].exp()).square().mean().backward()
+        update_thresholds(model)
+    return {"thresholds": thresholds(model)}
+
+
 def fabric_ddp(folder: Path) -> dict[str, Any]:
     plugin = FabricFallbackInt8Precision(RECIPE, precision="32-true")
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=plugin)
@@ -173,7 +186,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for scenario in (ddp, fsdp2, fsdp1, fsdp1_bf16, plain_fsdp1, fabric_ddp, clipping):
+    for scenario in (ddp, fsdp2, fsdp1, fsdp1_bf16, plain_fsdp1, fabric_ddp, budget, clipping):
         results[scenario.__name__] = scenario(folder / scenario.__name__)
         dist.barrier()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
