@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_int8.bench.report import HOW
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- drawn by benchmarks/readme.py from {} -->", "<!-- end -->"
 # Features from which the goals of a GEMM and of a linear layer count.
@@ -53,8 +55,10 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[str], str]
     yield "one linear, smaller", lambda head: ratios(small, head)
     for line in results["step"]:
         cells = line["cells"]
-        how = "compiled" if line["compiled"] else "eager"
-        yield f"training step, {line['model']}, {how}", lambda head, cells=cells: ratios([cells], head)
+        yield (
+            f"training step, {line['model']}, {HOW[line['compiling']]}",
+            lambda head, cells=cells: ratios([cells], head),
+        )
         if cells["bf16"].get("peak_gib"):
             yield (
                 f"peak memory of it ({cells['bf16']['peak_gib']:.1f} GiB in BF16)",

@@ -118,7 +118,7 @@ def test_advice_where_the_gpu_waits_for_the_host() -> None:
         "row": {"ms": 10.0, "gpu_ms": 4.0},
         "block": {"ms": 10.0, "gpu_ms": 9.5},
     }
-    (said,) = step_advice([{"model": "m", "compiled": False, "cells": cells}], ["row", "block"])
+    (said,) = step_advice([{"model": "m", "compiling": "layers", "cells": cells}], ["row", "block"])
     assert "m, row: the GPU waits for the host 60% of the step" in said
     assert "torch.compile" in said
 
@@ -166,10 +166,10 @@ def test_unknown_peer_and_recipe(capsys) -> None:
     assert "min_features=-1 must be 'auto' or an integer" in capsys.readouterr().err
 
 
-def test_all_precisions_train_the_same_parameters() -> None:
+def test_precisions_train_the_models_own_parameters_and_leave_it_as_it_was() -> None:
     work = workload.load(NAME, 64, CPU)
     before = work.model.layers[0].mlp.up_proj.weight.clone()
-    measured = step.measure(work, precisions([ROW, BLOCK], []), False, timing.Clock(60), 1.0, 1, lambda text: None)
+    measured = step.measure(work, precisions([ROW, BLOCK], []), "none", timing.Clock(60), 1.0, 1, lambda text: None)
     assert set(measured["cells"]) == {"bf16", "row", "block"}
     assert all(cell["ms"] > 0 and cell["first_step_s"] > 0 for cell in measured["cells"].values())
     assert type(work.model.layers[0].mlp.up_proj) is nn.Linear
@@ -178,7 +178,7 @@ def test_all_precisions_train_the_same_parameters() -> None:
 
 def test_no_precision_is_begun_past_its_time() -> None:
     work = workload.load(NAME, 64, CPU)
-    cells = step.measure(work, precisions([ROW], []), False, timing.Clock(0), 1.0, 1, lambda text: None)["cells"]
+    cells = step.measure(work, precisions([ROW], []), "none", timing.Clock(0), 1.0, 1, lambda text: None)["cells"]
     assert "ms" in cells["bf16"]
     assert cells["row"] == {"skipped": "out of time (0 s)"}
 
@@ -231,8 +231,8 @@ def test_a_first_step_takes_time() -> None:
 
 
 def test_the_whole_command(tmp_path, capsys) -> None:
-    how = f"--device cpu --config {NAME} --tokens 256 --peers --eager --min-features 40 --sections gemm linear step"
-    recipes = ["--recipes", "row", '{"preset": "row", "block_size": 64}']
+    how = f"--device cpu --config {NAME} --tokens 256 --peers --compile none --min-features 40 --sections"
+    recipes = ["gemm", "linear", "step", "--recipes", "row", '{"preset": "row", "block_size": 64}']
     assert main([*how.split(), *recipes, "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*-CPU-bench.json")
     results = json.loads(file.read_text())
@@ -278,7 +278,7 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     results = {
         "gemm": [], "first_step": [],
         "linear": [{"tokens": 8, "k": 4, "n": 4, "cells": cells}],
-        "step": [{"model": "m", "tokens": 8, "compiled": True, "min_features": 64, "cells": cells}],
+        "step": [{"model": "m", "tokens": 8, "compiling": "graphs", "min_features": 64, "cells": cells}],
     }  # fmt: skip
     page = "\n".join(table.markdown() for table in report.tables(results))
     assert page.count("ran BF16 kernels") == 2

@@ -69,7 +69,8 @@ def step_advice(lines: Sequence[Mapping[str, Any]], recipes: Sequence[str]) -> l
         for recipe in recipes:
             cell = line["cells"].get(recipe, {})
             if "gpu_ms" in cell and cell["gpu_ms"] < BUSY * cell["ms"]:
-                fix = "a larger batch" if line["compiled"] else "torch.compile its layers, or a larger batch"
+                graphs = "torch.compile its layers with mode='reduce-overhead', or "
+                fix = f"{'' if line['compiling'] == 'graphs' else graphs}a larger batch"
                 idle = 1 - cell["gpu_ms"] / cell["ms"]
                 said.append(
                     f"{line['model']}, {recipe}: the GPU waits for the host {idle:.0%} of the step. Fix: {fix}."

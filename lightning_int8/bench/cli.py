@@ -28,6 +28,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.bench.report import tables, write
 from lightning_int8.bench.run import Run
+from lightning_int8.bench.step import COMPILING
 from lightning_int8.recipe import PRESETS, Int8Recipe, resolve_recipe
 from lightning_int8.small_layers import MinFeatures, check_min_features
 
@@ -58,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", nargs="+", type=shape, metavar="K,N", help="linears to time, as in,out features")
     made.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the command out, no more")
-    made.add_argument("--eager", action="store_true", help="time the step without torch.compile")
+    made.add_argument(
+        "--compile", choices=list(COMPILING), default="graphs",
+        help="of the step: layer by layer and replayed as CUDA graphs (default), layer by layer, or not",
+    )  # fmt: skip
     made.add_argument("--seconds", type=float, default=120.0, help="nothing new is begun past this")
     made.add_argument(
         "--output", type=Path, default=Path("bench"), help="folder for <date>-<gpu>-bench.json, .md, .png"

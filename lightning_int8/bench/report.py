@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Below this share of its GEMM time in 8 bits, a peer is not what its name says; a step's output head is in BF16.
 LOW_PRECISION = 0.2
 
+# How a step was compiled, in words.
+HOW = {"graphs": "layers compiled, CUDA graphs", "layers": "layers compiled", "none": "eager"}
+
 
 class Table:
     """Rows of text under headings, with a title that says what is measured and a note on how.
@@ -129,12 +132,12 @@ def _step(line: Mapping[str, Any]) -> Table:
         rate = f"{cell['fallback_rate']:.2f}" if "fallback_rate" in cell else "–"
         busy = f"{min(1.0, cell['gpu_ms'] / cell['ms']):.0%}" if "gpu_ms" in cell else "–"
         rows.append([head, text, busy, peak, first, rate])
-    how = "each repeated layer compiled" if line["compiled"] else "eager"
+    how = HOW[line["compiling"]]
     least = f", min_features={line['min_features']}" if line["min_features"] else ""
     title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}{least}"
     note = (
-        "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; steps of all "
-        "precisions in turn, on the same parameters. First step: in this process, compilation included."
+        "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; one precision after "
+        "the other. Memory is what was reserved. First step: in this process, compilation included."
     )
     return Table(
         title, note, ["precision", "ms a step", "GPU busy", "peak GiB", "first step, s", "fallback rate"], rows

@@ -80,7 +80,7 @@ class Run:
             say = lambda text: self.bar.update(task, description=text)  # noqa: E731
             least = workload.min_features if self.args.min_features is None else self.args.min_features
             trained = precisions(recipes, self.peers, least)
-            line = step.measure(workload, trained, not self.args.eager, self.clock, until["step"], report=say)
+            line = step.measure(workload, trained, self.args.compile, self.clock, until["step"], report=say)
             self.measured["step"].append({**line, "min_features": least})
             self.bar.update(task, total=1, completed=1, description=f"step of {workload.name}")
         if "first-step" in until:

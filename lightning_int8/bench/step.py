@@ -1,11 +1,12 @@
 """A whole training step in every precision: forward, loss, backward, fused AdamW, thresholds; BF16 around the linears.
 
-All precisions train the same parameters in turn, so that they fit one GPU and are timed in the same rounds.
+One precision after the other, as the memory of CUDA graphs, and most models, leave no room for two.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 from torch import nn
 
 from lightning_int8.bench.precisions import Precision
-from lightning_int8.bench.timing import Clock, interleaved, kernel_times, low_precision_share, peak_gib, seconds
+from lightning_int8.bench.timing import Clock, interleaved, kernel_times, low_precision_share, seconds
 from lightning_int8.bench.workload import Workload
 from lightning_int8.threshold import RATE, FallbackState, fallback_states, update_thresholds
+
+# `torch.compile`'s mode, by what the command line calls it.
+COMPILING = {"graphs": "reduce-overhead", "layers": "default", "none": None}
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -38,6 +42,8 @@ def make_step(workload: Workload, model: nn.Module, optimizer: torch.optim.Optim
     states = list(fallback_states(model).values())
 
     def step() -> None:
+        # Where graphs are replayed, they may take the memory of the step before.
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(workload.device.type, torch.bfloat16):
             loss = workload.loss(model, workload.batch)
         loss.backward()
@@ -52,70 +58,72 @@ def make_step(workload: Workload, model: nn.Module, optimizer: torch.optim.Optim
 def measure(
     workload: Workload,
     precisions: Sequence[Precision],
-    compiled: bool,
+    compiling: str,
     clock: Clock,
     until: float,
-    steps: int = 5,
+    steps: int = 8,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Times the workload's training step in every precision for which there is time.
+    """Times the workload's training step in every precision for which there is time, one after the other.
 
     Args:
         workload: What to train. Its parameters are trained.
         precisions: BF16 first.
-        compiled: Whether each repeated layer is compiled (the whole model where there is none), or nothing.
+        compiling: A key of ``COMPILING``. Each repeated layer is compiled; the whole model where there is none.
         clock: No other precision is begun once ``until`` of it is spent.
         until: A fraction of the clock's time.
-        steps: Rounds to time, after one of warm-up.
+        steps: Steps to time, each behind another, after five of warm-up.
         report: Told what is done.
 
     Returns:
-        ``model``, ``tokens``, ``compiled`` and ``cells``: for each precision ``ms``, ``ratio``, ``peak_gib``,
-        ``first_step_s`` (in this process, compilation included), ``fallback_rate``, ``gpu_ms`` (of all kernels),
-        ``kernels`` (the longest) and ``low_precision_share``;
-        ``error`` if it did not run, ``skipped`` if there was no time.
+        ``model``, ``tokens``, ``compiling`` and ``cells``: for each precision ``ms``, ``ratio``, ``peak_gib``
+        (reserved: it holds what CUDA graphs keep), ``first_step_s`` (in this process, compilation included),
+        ``fallback_rate``, ``gpu_ms`` (of all kernels), ``kernels`` (the longest) and ``low_precision_share``; ``error``
+        if it did not run, ``skipped`` if there was no time.
     """
-    device = workload.device
-    # One entry a precision, plus what dynamic shapes or flags may add.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(precisions))
-    cells: dict[str, dict[str, Any]] = {precision.name: {} for precision in precisions}
-    runs: dict[str, Callable[[], None]] = {}
-    models: dict[str, nn.Module] = {}
-    optimizers: dict[tuple[int, ...], torch.optim.Optimizer] = {}
+    cells: dict[str, dict[str, Any]] = {}
     for precision in precisions:
-        cell = cells[precision.name]
-        if runs and not clock.before(until):
-            cell["skipped"] = f"out of time ({clock.seconds:.0f} s)"
+        if cells and not clock.before(until):
+            cells[precision.name] = {"skipped": f"out of time ({clock.seconds:.0f} s)"}
             continue
-        report(f"{workload.name}, {precision.name}: compiling" if compiled else f"{workload.name}, {precision.name}")
+        report(f"{workload.name}, {precision.name}")
         # A peer that cannot train this model is a result, not the end of the table.
         try:
-            model = precision.convert(_sharing_parameters(workload.model), workload.ignore_modules)
-            if compiled:
-                for layer in repeated_layers(model) or [model]:
-                    layer.compile()
-            owned = tuple(id(p) for p in model.parameters())
-            if owned not in optimizers:
-                optimizers[owned] = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-            step = make_step(workload, model, optimizers[owned])
-            cell["first_step_s"] = seconds(step, device)
-            runs[precision.name], models[precision.name] = step, model
+            cells[precision.name] = _measure_one(workload, precision, compiling, steps)
         except Exception as error:
-            cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    times = interleaved(runs, device, steps, warmup=1, steady=True)
-    for name, run in runs.items():
-        cells[name] |= {"ms": times[name], "ratio": times["bf16"] / times[name], "peak_gib": peak_gib(run, device)}
-        kernels = kernel_times(run, device)
-        if kernels:
-            cells[name] |= {"gpu_ms": sum(kernels.values()), "kernels": dict(list(kernels.items())[:25])}
-            if name != "bf16":
-                cells[name]["low_precision_share"] = low_precision_share(kernels)
-        rates = [rate for state in fallback_states(models[name]).values() if (rate := _mean_rate(state)) is not None]
-        if rates:
-            cells[name]["fallback_rate"] = statistics.mean(rates)
-    # What was compiled holds on to the model.
-    torch._dynamo.reset()
-    return {"model": workload.name, "tokens": workload.tokens, "compiled": compiled, "cells": cells}
+            cells[precision.name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        # What was compiled holds on to the model, and its graphs to their memory.
+        torch._dynamo.reset()
+        gc.collect()
+        if workload.device.type == "cuda":
+            torch.cuda.empty_cache()
+    for cell in cells.values():
+        if "ms" in cell and "ms" in cells["bf16"]:
+            cell["ratio"] = cells["bf16"]["ms"] / cell["ms"]
+    return {"model": workload.name, "tokens": workload.tokens, "compiling": compiling, "cells": cells}
+
+
+def _measure_one(workload: Workload, precision: Precision, compiling: str, steps: int) -> dict[str, Any]:
+    device = workload.device
+    model = precision.convert(_sharing_parameters(workload.model), workload.ignore_modules)
+    mode = COMPILING[compiling]
+    for layer in (repeated_layers(model) or [model]) if mode else ():
+        layer.compile(mode=mode)
+    step = make_step(workload, model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    cell: dict[str, Any] = {"first_step_s": seconds(step, device)}
+    cell["ms"] = interleaved({precision.name: step}, device, steps, steady=True)[precision.name]
+    if device.type == "cuda":
+        cell["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if kernels := kernel_times(step, device):
+        cell |= {"gpu_ms": sum(kernels.values()), "kernels": dict(list(kernels.items())[:25])}
+        if precision.name != "bf16":
+            cell["low_precision_share"] = low_precision_share(kernels)
+    rates = [rate for state in fallback_states(model).values() if (rate := _mean_rate(state)) is not None]
+    if rates:
+        cell["fallback_rate"] = statistics.mean(rates)
+    return cell
 
 
 def _sharing_parameters(model: nn.Module) -> nn.Module:

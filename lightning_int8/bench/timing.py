@@ -112,17 +112,6 @@ def seconds(run: Run, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def peak_gib(run: Run, device: torch.device) -> float | None:
-    """The most memory that tensors took during a run, with all that was there before it; ``None`` off a GPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def copy_bandwidth(device: torch.device, bytes_each_way: int = 1 << 28) -> float:
     """Bytes a second, read and written, of a copy within the device's memory."""
     source = torch.empty(bytes_each_way, dtype=torch.uint8, device=device)
