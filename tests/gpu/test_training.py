@@ -6,6 +6,7 @@ import csv
 import gc
 import resource
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -241,27 +243,46 @@ class Tokens(pl.LightningDataModule):
         return DataLoader(self.ids, self.batch)
 
 
+class Stays(SingleDeviceStrategy):
+    def teardown(self) -> None:
+        """Lightning would copy 12 GB to the host."""
+
+
 def test_energy_of_int8_against_bf16(tmp_path, measured) -> None:
     pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed: pip install 'lightning-int8[energy]'")
     config, joules = MODELS["1b"], {}
     for name in ("bf16", "row"):
         torch.manual_seed(0)
         with torch.device("cuda"):
-            model = LlamaModule(config)
+            model = LlamaModule(config, compile="reduce-overhead")
         int8 = FallbackInt8Precision(name, ignore_modules=["lm_head"]) if name != "bf16" else None
         precision = {} if int8 else {"precision": "bf16-mixed"}
         logger = CSVLogger(tmp_path / name, flush_logs_every_n_steps=1)
-        # The first eight steps compile the kernels.
-        monitor = EnergyMonitor(every_n_steps=8)
-        options = {"accelerator": "gpu", "logger": logger, "callbacks": [monitor], **precision}
-        trainer(tmp_path, plugin=int8, **options).fit(model, Tokens(config.vocab_size, config.max_seq_len, 8, 24))
+        # The first eight steps compile.
+        callbacks = [EnergyMonitor(every_n_steps=8), Seconds()]
+        options = {"accelerator": "gpu", "strategy": Stays("cuda:0"), "logger": logger, "callbacks": callbacks}
+        data = Tokens(config.vocab_size, config.max_seq_len, 8, 24)
+        trainer(tmp_path, plugin=int8, **options, **precision).fit(model, data)
         with open(Path(logger.log_dir) / "metrics.csv") as file:
-            rows = [float(row["energy/joules_per_token"]) for row in csv.DictReader(file)]
-        joules[name] = statistics.mean(rows[-2:])
-        measured(f"1B, {name}: joules a token", f"{joules[name]:.4f}")
-        del model
+            rows = [row["energy/joules_per_token"] for row in csv.DictReader(file)]
+        joules[name] = statistics.mean(float(row) for row in [row for row in rows if row][-2:])
+        tokens = 16 * 8 * (config.max_seq_len + 1)
+        watts = joules[name] * tokens / callbacks[1].seconds
+        text = f"{joules[name]:.4f}, {tokens / callbacks[1].seconds:.0f}, {watts:.0f}"
+        measured(f"1B, {name}: joules a token, tokens a second, watts", text)
+        print(name, text, flush=True)
+        del model, callbacks, options, data
         gc.collect()
         torch.cuda.empty_cache()
     measured("row / bf16", f"{joules['row'] / joules['bf16']:.2f}")
     # An H100 draws 0.1 to 0.7 kW, and a step of 16,384 tokens takes some tenths of a second.
     assert all(1e-3 < value < 0.1 for value in joules.values())
+
+
+class Seconds(pl.Callback):
+    """Time from the eighth step to the last."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step in (8, 24):
+            torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - getattr(self, "seconds", 0.0)
