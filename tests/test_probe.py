@@ -161,6 +161,24 @@ def test_command_on_a_checkpoint(checkpoint, tmp_path, capsys):
     assert (out / "probe.png").stat().st_size > 10_000
 
 
+def test_command_on_a_model_of_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from tests.test_examples_finetune import WORDS, save_model
+
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 60)
+    folder = save_model(tmp_path / "model", text, tied=True)
+    arguments = ["--ckpt", folder, "--data", text, "--device", "cpu", "--output", tmp_path / "out", "--samples", 2]
+    result = main([str(argument) for argument in [*arguments, "--length", 32]])
+    assert [row.name.rsplit(".", 1)[1] for row in result.linears] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    ]  # fmt: skip
+    assert result.linears[0].shape == (64, 64, 64)
+    assert 0 < result.kl["row"] < result.kl["float8 rowwise"]
+    with pytest.raises(SystemExit, match="fewer than --length=100000"):
+        main([str(argument) for argument in [*arguments, "--length", 100_000]])
+
+
 def test_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys):
     file, _, _ = checkpoint
     for arguments, message in (
