@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import quantize, swiglu
+from lightning_int8.kernels import quantize, quantize_gradient, swiglu
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 
 
@@ -97,7 +97,7 @@ class Case:
             reads = 7 * x.nbytes
         elif op.startswith("gradient"):
             arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True
-            self.run = lambda: quantize.quantize_row_gradient(*arguments)
+            self.run = lambda: quantize_gradient.quantize_row_gradient(*arguments)
             out = self.run()
             fallen = int((out[2] >= 0).sum() + (out[6] >= 0).sum())
             # AbsMax and weighted sums both ways, and sums of columns.

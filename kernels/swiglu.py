@@ -15,15 +15,9 @@ from triton.language.extra.cuda import libdevice
 
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import blocks_along
-from lightning_int8.kernels.quantize import (
-    GradientStatistics,
-    MatrixStatistics,
-    check,
-    gradient_from_statistics,
-    on,
-    row_from_statistics,
-    row_options,
-)
+from lightning_int8.kernels.quantize import MatrixStatistics, row_from_statistics
+from lightning_int8.kernels.quantize_gradient import GradientStatistics, gradient_from_statistics
+from lightning_int8.kernels.quantize_launch import check, on, row_options
 from lightning_int8.kernels.statistics import column_statistics, fold_rows, row_statistics, store_column_statistics
 
 # Compiled, `tl.exp` is an approximation other than PyTorch's; the interpreter has no other.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_int8.kernels import quantize, swiglu
+from lightning_int8.kernels import quantize, quantize_gradient, swiglu
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
@@ -27,7 +27,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     quantize.transposed_integers(x, torch.empty(rows), block)
     quantize.transposed_integers(x, torch.empty(-(-rows // block), -(-columns // block)), block)
     s, t = torch.empty(rows), torch.empty(columns)
-    quantize.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
+    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
         swiglu.swiglu_row_gradient(x, x, x, t, t, s, s, state, state, 0.2, capacity, block, True, stochastic, True)

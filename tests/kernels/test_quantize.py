@@ -34,6 +34,7 @@ else:
 
     from lightning_int8.kernels import quantize, reference
     from lightning_int8.kernels.planes import MIN_SCALE, blocks_along
+    from lightning_int8.kernels.quantize_gradient import quantize_row_gradient
     from lightning_int8.kernels.rounding import data_seed, uniform
     from tests.assertions import EXACT, assert_close
 
@@ -84,7 +85,7 @@ else:
             out = empty(*args, **kwargs)
             return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
-        monkeypatch.setattr(quantize.torch, "empty", poisoned)
+        monkeypatch.setattr(torch, "empty", poisoned)
 
     def tensor(rows, columns, dtype, kind, layout, **_):
         """A matrix on the CPU in float32 and the same on the device."""
@@ -180,7 +181,7 @@ else:
         rest = case["seed_rate"], case["capacity"], block, case["update"], stochastic, bias
         folds = [None if f is None else f.to(DEVICE) for f in (t, s, m)]
         wanted = reference.quantize_row_gradient(dy, t, s, m, state, *rest)
-        got = quantize.quantize_row_gradient(device, *folds, device_state, *rest)
+        got = quantize_row_gradient(device, *folds, device_state, *rest)
         assert [(v.shape, v.dtype) for v in got] == [(v.shape, v.dtype) for v in wanted]
         for name, fold, part, value in (
             ("A", t, slice(0, 4), dy * t if t is not None else None),
@@ -236,7 +237,7 @@ else:
             ),
             (
                 reference.quantize_row_gradient(x, t, s, m, *rest, True, False),
-                quantize.quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest, True, False),
+                quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest, True, False),
             ),
         ):
             for i, (wanted, got) in enumerate(zip(a, b, strict=True)):
@@ -246,8 +247,8 @@ else:
 
     def test_ties_among_many_blocks(monkeypatch):
         # More blocks than the selection takes in one step, and more that exceed the threshold than have room.
-        sizes = quantize._select_sizes
-        monkeypatch.setattr(quantize, "_select_sizes", lambda *a: sizes(*a) | {"CHUNK": 64, "COLUMN_CHUNK": 8})
+        sizes = quantize.select_sizes
+        monkeypatch.setattr(quantize, "select_sizes", lambda *a: sizes(*a) | {"CHUNK": 64, "COLUMN_CHUNK": 8})
         x = torch.randint(1, 4, (32 * 11, 32 * 14)).float()
         x[::32, ::32] = torch.arange(154.0).view(11, 14).remainder(11)
         for capacity in (7, 70, 154):
@@ -272,7 +273,7 @@ else:
             assert (scale == MIN_SCALE).all()
             assert (int_max == 0).all()
             s, t = torch.ones(rows, device=DEVICE), torch.ones(columns, device=DEVICE)
-            out = quantize.quantize_row_gradient(x, t, s, s, None, 0.2, 1, 32, True, False, True)
+            out = quantize_row_gradient(x, t, s, s, None, 0.2, 1, 32, True, False, True)
             assert_close("dbias", torch.zeros(columns), out[8], EXACT)
             assert quantize.quantize_block(x, None, 0, 0.2, 0, 32, True, True, False)[5].numel() == 0
 

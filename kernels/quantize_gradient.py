@@ -1,0 +1,168 @@
+"""Quantize kernels in Triton for dY with `row` scaling: two operands and the bias gradient in two reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_int8.kernels.integers import gradient_planes
+from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, seed_count
+from lightning_int8.kernels.quantize_launch import (
+    SELECT_ROWS,
+    Allocator,
+    check,
+    empty_planes,
+    int32_limit,
+    may_bind,
+    on,
+    operand_state,
+    options,
+    parts,
+    row_options,
+    select_sizes,
+)
+from lightning_int8.kernels.reference import _INT32_LIMIT
+from lightning_int8.kernels.select import gradient_select
+from lightning_int8.kernels.statistics import gradient_statistics
+
+
+def quantize_row_gradient(
+    dy: Tensor,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    input_int_max: Tensor | None,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    stochastic: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes dY ``[M, N]`` as ``A = dY·diag(t)`` and ``G = (dY·diag(s))ᵀ``, with the bias gradient, in two reads.
+
+    Arguments and results of `reference.quantize_row_gradient`, equal to it as `quantize_row` is to its own; ``dbias``
+    is a float32 sum in a fixed order, another than the reference's.
+
+    Args:
+        dy: bfloat16, float16, float32 or float64 ``[M, N]``, any strides; fast if one of them is 1.
+        weight_scale: ``t``, contiguous float32 ``[N]``, or ``None``: no A.
+        input_scale: ``s``, contiguous float32 ``[M]``, or ``None``: no G.
+        input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
+        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G row 2, updated in place when ``update``.
+        seed_rate: See `reference.fallback_mask`.
+        capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
+        block: Block edge ``B``: 32, 64 or 128.
+        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        bias: Whether to write ``dbias``.
+
+    Returns:
+        A's ``low [M, NB·B]``, ``high [C, B, B]`` int8, ``slot [MB, NB]`` int32, ``scale [M]`` float32; G's
+        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
+        wanted comes back empty.
+    """
+    dy, rows, columns, row_blocks, column_blocks = check(dy, block)
+    has_a, has_g = weight_scale is not None, input_scale is not None
+    statistics = GradientStatistics.empty(dy, has_a, has_g, bias, capacity, block)
+    if dy.numel() > 0 and (has_a or has_g or bias):
+        with on(dy):
+            gradient_statistics[(row_blocks * column_blocks,)](
+                dy, input_scale, input_int_max, weight_scale, *statistics, rows, columns, *dy.stride(),
+                B=block, **row_options("gradient_statistics", block, dy),
+            )  # fmt: skip
+    return gradient_from_statistics(
+        dy, statistics, weight_scale, input_scale, state, seed_rate, capacity, block, update, stochastic
+    )
+
+
+class GradientStatistics(NamedTuple):
+    """What the first read of ``dy [M, N]`` leaves: see `statistics.gradient_statistics`; ``None`` is not needed."""
+
+    a_amax: Tensor | None
+    a_weight: Tensor | None
+    a_block_amax: Tensor | None
+    g_amax: Tensor | None
+    g_weight: Tensor | None
+    g_block_amax: Tensor | None
+    int_sums: Tensor | None
+    column_sums: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, dy: Tensor, a: bool, g: bool, bias: bool, capacity: int, block: int, copies: tuple[int, ...] = ()
+    ) -> GradientStatistics:
+        """Room for the statistics of ``dy`` as A and as G, or of ``copies`` like it, uninitialized."""
+        rows, columns = dy.shape
+        new = Allocator(dy.device, copies)
+        row_blocks, column_blocks = blocks_along(rows, block), blocks_along(columns, block)
+        return cls(
+            new.int32(column_blocks, rows) if a else None,
+            new.float32(column_blocks, rows) if a and (capacity > 0 or may_bind(columns)) else None,
+            new.int32(row_blocks, column_blocks) if a else None,
+            new.int32(row_blocks, columns) if g else None,
+            new.float32(row_blocks, columns) if g else None,
+            new.int32(column_blocks, row_blocks) if g else None,
+            new.float32(row_blocks) if g else None,
+            new.float32(row_blocks, columns) if bias else None,
+        )
+
+
+def gradient_from_statistics(
+    dy: Tensor,
+    statistics: GradientStatistics,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    stochastic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_row_gradient` does after its first read, given what that read found."""
+    dy, rows, columns, row_blocks, column_blocks = check(dy, block)
+    new = Allocator(dy.device)
+    fallback, blocks = capacity > 0, row_blocks * column_blocks
+    has_a, has_g, bias = weight_scale is not None, input_scale is not None, statistics.column_sums is not None
+
+    def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not wanted:
+            return new.int8(0), new.int8(0), new.int32(0), new.float32(0)
+        low, _, high, _, slot = empty_planes(new, rows, columns, capacity, block, False)
+        return low, high, slot, new.float32(rows)
+
+    a_low, a_high, a_slot, a_scale = results(has_a, rows, columns)
+    g_low, g_high, g_slot, g_scale = results(has_g, columns, rows)
+    dbias = new.float32(columns if bias else 0)
+    out = a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias
+    if dy.numel() == 0:
+        for scale in (a_scale, g_scale):
+            scale.fill_(MIN_SCALE)
+        g_slot.fill_(-1)
+        dbias.zero_()
+        return out
+    if not (has_a or has_g or bias):
+        return out
+    a_inverse, g_inverse = new.float32(rows), new.float32(columns)
+    a_seed = new.int32(1) if has_a and stochastic else None
+    g_seed = new.int32(1) if has_g and stochastic else None
+    found = statistics
+    with on(dy):
+        gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
+            found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), a_slot,
+            a_scale, a_inverse, a_seed, found.g_block_amax, operand_state(state, 2), found.g_amax, found.g_weight,
+            found.int_sums, _INT32_LIMIT * 2.0**-31, g_slot, g_scale, g_inverse, g_seed, found.column_sums, dbias,
+            seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
+            FALLBACK=fallback,
+            **select_sizes(block, blocks, max(row_blocks, column_blocks)),
+        )  # fmt: skip
+        if has_a or has_g:
+            gradient_planes[parts("gradient_planes", blocks, block)](
+                dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
+                input_scale, g_inverse, g_slot, g_seed, g_low, g_high if fallback else None,
+                rows, columns, *dy.stride(),
+                B=block, **options("gradient_planes", block),
+            )  # fmt: skip
+    return out
