@@ -13,14 +13,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_int8 import (
-    FabricFallbackInt8Precision,
     FallbackInt8Precision,
     FallbackRateMonitor,
     convert_to_int8,
@@ -100,23 +98,12 @@ class CpuFSDPStrategy(FSDPStrategy):
         )
 
 
-class ClippedNorms(pl.Callback):
-    """The gradient norm over all shards after Lightning has clipped it."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        if any(parameter.grad is not None for parameter in pl_module.parameters()):
-            self.norms.append(trainer.strategy.model.clip_grad_norm_(1e9).item())
-
-
 def fsdp1(folder: Path, precision: str = "32-true") -> dict[str, Any]:
-    model, clipped = TinyModule(steps=6), ClippedNorms()
+    model = TinyModule(steps=6)
     strategy = CpuFSDPStrategy(auto_wrap_policy={Block}, process_group_backend="gloo", state_dict_type="full")
-    run, plugin = fit(folder, model, strategy, precision, gradient_clip_val=CLIP, callbacks=[clipped])
+    run, plugin = fit(folder, model, strategy, precision, gradient_clip_val=CLIP)
     assert isinstance(run.strategy.model, FullyShardedDataParallel)
-    return {"thresholds": plugin.state_dict()["thresholds"], "losses": model.losses, "norms": clipped.norms}
+    return {"thresholds": plugin.state_dict()["thresholds"], "losses": model.losses}
 
 
 def fsdp1_bf16(folder: Path) -> dict[str, Any]:
@@ -147,22 +134,6 @@ def budget(folder: Path) -> dict[str, Any]:
         model(x[dist.get_rank() * BATCH :][:BATCH].exp()).square().mean().backward()
         update_thresholds(model)
     return {"thresholds": thresholds(model)}
-
-
-def fabric_ddp(folder: Path) -> dict[str, Any]:
-    plugin = FabricFallbackInt8Precision(RECIPE, precision="32-true")
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=plugin)
-    fabric.launch()
-    torch.manual_seed(1)
-    model = TinyModel()
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    x, _ = batches(2)
-    for _ in range(3):
-        fabric.backward(model(x[fabric.global_rank * BATCH :][:BATCH]).square().mean())
-        fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"thresholds": plugin.state_dict()["thresholds"]}
 
 
 def clipping(folder: Path) -> dict[str, Any]:
