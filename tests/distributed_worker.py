@@ -157,7 +157,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for scenario in (ddp, fsdp2, fsdp1, fsdp1_bf16, plain_fsdp1, fabric_ddp, budget, clipping):
+    for scenario in (ddp, fsdp2, fsdp1, fsdp1_bf16, plain_fsdp1, budget, clipping):
         results[scenario.__name__] = scenario(folder / scenario.__name__)
         dist.barrier()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

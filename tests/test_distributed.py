@@ -26,7 +26,7 @@ def tables(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: layer["tensor"] if isinstance(layer, dict) else layer for name, layer in state.items()}
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "fsdp1_bf16", "plain_fsdp1", "fabric_ddp", "budget"])
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "fsdp1", "fsdp1_bf16", "plain_fsdp1", "budget"])
 def test_thresholds_are_identical_on_every_rank(ranks, scenario):
     first, second = (tables(rank[scenario]["thresholds"]) for rank in ranks)
     assert len(first) == 5
