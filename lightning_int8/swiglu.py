@@ -116,7 +116,8 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
     recipe = gate.int8_recipe
     tokens = x.numel() // max(1, x.shape[-1]) if x.ndim else 0
     return (
-        all(linear.int8_recipe == recipe and linear.training == gate.training for linear in linears)
+        0 < tokens <= MAX_WGRAD_TOKENS
+        and all(linear.int8_recipe == recipe and linear.training == gate.training for linear in linears)
         and all(_is_plain(linear) for linear in (gate, up))
         and recipe.scaling == "row"
         and recipe.forward
@@ -132,7 +133,6 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
         and x.device == gate.weight.device == up.weight.device
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and (autocasts(x) or x.dtype == gate.weight.dtype)
-        and 0 < tokens <= MAX_WGRAD_TOKENS
     )
 
 

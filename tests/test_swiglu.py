@@ -194,6 +194,8 @@ def test_the_layers_own_errors_and_the_empty_batch(fused_calls):
         fused(torch.randn(4, 47))
     with pytest.raises(TypeError, match=r"x is torch.float16 but weight is torch.float32"):
         fused(torch.randn(4, 48).half())
+    with pytest.raises(ValueError, match="scalar"):
+        fused(torch.tensor(1.0))
     assert fused(torch.empty(0, 48)).shape == (0, 48)
     assert not fused_calls
 
