@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics.text import Perplexity
 
 from examples.llama import Llama, LlamaConfig
@@ -96,6 +97,13 @@ class LlamaModule(L.LightningModule):
     def vocab_size(self) -> int:
         """Number of token ids the model knows; a DataModule checks its tokenizer against it."""
         return self.config.vocab_size
+
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy`` (FSDP2): shards each decoder layer, and what is left."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for module in (*self.model.layers, self.model):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token after each position of ``tokens``."""
