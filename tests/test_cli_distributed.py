@@ -6,36 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from examples.model import LlamaModule
 from lightning_int8 import consolidate_checkpoint
-from tests.faulty_run import text
+from tests import small_config
+from tests.small_config import CONFIGS
 from tests.two_processes import launch, logs
-
-CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-SMALL = {"vocab_size": 300, "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96, "max_seq_len": 32}
 
 
 def fit(folder: Path, name: str, *arguments: str) -> Path:
-    checkpoints = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": str(folder / name), "filename": "last", "every_n_train_steps": 3},
-    }
-    data = {"path": str(text(folder)), "cache_dir": str(folder / "cache"), "sequence_length": 32, "batch_size": 4}
-    changes = {
-        "trainer": {
-            **{"accelerator": "cpu", "max_steps": 3, "limit_val_batches": 0, "logger": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [checkpoints]},
-        },
-        "model": {"init_args": {"config": SMALL, "warmup_steps": 2, "compile": None}},
-        "data": {"init_args": {**data, "vocab_size": 300}},
-    }
-    (folder / "changes.yaml").write_text(yaml.safe_dump(changes))
-    command = ["fit", "--config", str(CONFIGS / "tiny.yaml"), *arguments, "--config", str(folder / "changes.yaml")]
+    changes = small_config.write(folder, name, 3, compile=None)
+    command = ["fit", "--config", str(CONFIGS / "tiny.yaml"), *arguments, "--config", str(changes)]
     if any(launch("tests.cli_worker", folder / f"{name} logs", *command)):
         pytest.fail(logs(folder / f"{name} logs"))
-    return folder / name / "last.ckpt"
+    return folder / name / "step=3.ckpt"
 
 
 def test_fsdp2_from_its_file_trains_as_ddp_does(tmp_path) -> None:
