@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_int8 import FallbackInt8Precision, Int8Linear, Int8Recipe, fallback_states
+from lightning_int8 import FabricFallbackInt8Precision, FallbackInt8Precision, Int8Linear, Int8Recipe, fallback_states
 from lightning_int8.threshold import THRESHOLD
 from tests.tiny import (
     GPU_RECIPE,
@@ -508,3 +509,7 @@ def test_blocks_without_a_kernel_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"block_size=16 has no kernel on cuda:0.*32, 64, 128\."):
         trainer(tmp_path, plugin=plugin(), accelerator="gpu").fit(model)
     assert model.losses == []
+    # Fabric's plugin is not told where the model will go.
+    own = FabricFallbackInt8Precision(RECIPE)
+    with pytest.raises(ValueError, match="block_size=16 has no kernel on cuda:0"):
+        Fabric(accelerator="gpu", devices=1, plugins=own).setup_module(nn.Linear(64, 64))
