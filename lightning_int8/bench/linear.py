@@ -42,7 +42,9 @@ def measure(
     peak: Peak | None,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """Milliseconds of an ``[n, k]`` linear over ``[tokens, k]``, forward and backward, weights in BF16.
+    """Milliseconds of an ``[n, k]`` linear over BF16 ``[tokens, k]``, forward and backward, as under ``bf16-mixed``.
+
+    The weight is float32: BF16 casts it, and its gradient back; INT8 quantizes it as it is.
 
     Returns:
         ``tokens``, ``k``, ``n``, and for each precision its ``ms``, ``ratio`` to BF16, of peers their
@@ -55,7 +57,7 @@ def measure(
     layers: dict[str, nn.Module] = {}
     cells: dict[str, dict[str, Any]] = {}
     for precision in precisions:
-        layer = nn.Sequential(nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16))
+        layer = nn.Sequential(nn.Linear(k, n, bias=False, device=device))
         cell = cells[precision.name] = {}
         # A peer that cannot run this shape, or not on this GPU, is a result, not the end of the table.
         try:
@@ -63,7 +65,9 @@ def measure(
             forward = torch.compile(layer, dynamic=False) if precision.compiled else layer
 
             def run(forward: Any = forward, layer: nn.Module = layer) -> object:
-                return torch.autograd.grad(forward(x), [x, *layer.parameters()], dy)
+                with torch.autocast(device.type, torch.bfloat16):
+                    y = forward(x)
+                return torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
             run()
             if precision.compiled and (kernels := kernel_times(run, device)):

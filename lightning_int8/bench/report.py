@@ -116,7 +116,7 @@ def _linears(lines: Sequence[Mapping[str, Any]]) -> Table:
     tokens = lines[0]["tokens"] if lines else 0
     note = (
         "Microseconds of GPU time (times BF16), percent of the modelled roofline where there is one. Forward and "
-        "backward with all quantization, BF16 weights; torchao's layers are compiled."
+        "backward with all casts and quantization, under `bf16-mixed`; torchao's layers are compiled."
     )
     return Table(
         f"One linear layer, {tokens} tokens", note, ["in → out", *heads, "fallback rate"], rows

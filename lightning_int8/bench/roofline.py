@@ -73,16 +73,15 @@ def gemm_milliseconds(rows: int, columns: int, depth: int, rate: float, bandwidt
 def linear_milliseconds(
     tokens: int, k: int, n: int, int8: bool, fallback: float, peak: Peak, bandwidth: float
 ) -> float:
-    """The least time of a linear's three GEMMs and, for INT8, of its quantization at the copy's bandwidth.
+    """The least time of a linear's three GEMMs and of what goes with them, that at the copy's bandwidth.
 
-    A fraction ``fallback`` of X's and dY's blocks is multiplied twice, both ways in the wgrad. Quantizing reads a BF16
-    tensor twice (statistics, then integers) and writes two INT8 layouts of it and of its fallback blocks; the weight's
-    are made once for the forward and once for the dgrad.
+    BF16 casts a float32 weight, and its gradient back. INT8: a fraction ``fallback`` of X's and dY's blocks is multiplied
+    twice, both ways in the wgrad. Quantizing reads a BF16 tensor twice (statistics, then integers) and writes two INT8
+    layouts of it and of its fallback blocks; the float32 weight is read twice for the forward and once for the dgrad.
     """
     size, rate = (1, peak.int8) if int8 else (2, peak.bf16)
     extra = 1 + fallback if int8 else 1.0
     gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), extra * extra)]
     time = sum(gemm_milliseconds(*shape, rate / factor, bandwidth, size) for shape, factor in gemms)
-    if int8:
-        time += (tokens * (k + n) * (6 + 2 * fallback) + 10 * k * n) / bandwidth * 1e3
-    return time
+    beside = tokens * (k + n) * (6 + 2 * fallback) + 14 * k * n if int8 else 12 * k * n
+    return time + beside / bandwidth * 1e3
