@@ -16,8 +16,8 @@ from lightning_int8.recipe import Int8Recipe
 MinFeatures = int | Literal["auto"]
 
 # Least effective features by compute capability and scaling: measured with `lightning-int8-bench` over 16,384 tokens,
-# bf16-mixed, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle and
-# move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
+# bf16-mixed, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle
+# and move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
 MEASURED: dict[tuple[int, int], dict[str, int]] = {
     # H100, docs/results/2026-11-22-H100-bench.md: `row` loses up to 3277 (2048 → 8192) and gains from 4096 on; `block`
     # loses up to 8192, the largest that was measured.

@@ -75,9 +75,10 @@ def linear_milliseconds(
 ) -> float:
     """The least time of a linear's three GEMMs and of what goes with them, that at the copy's bandwidth.
 
-    BF16 casts a float32 weight, and its gradient back. INT8: a fraction ``fallback`` of X's and dY's blocks is multiplied
-    twice, both ways in the wgrad. Quantizing reads a BF16 tensor twice (statistics, then integers) and writes two INT8
-    layouts of it and of its fallback blocks; the float32 weight is read twice for the forward and once for the dgrad.
+    BF16 casts a float32 weight, and its gradient back. INT8: a fraction ``fallback`` of X's and dY's blocks is
+    multiplied twice, both ways in the wgrad. Quantizing reads a BF16 tensor twice (statistics, then integers) and
+    writes two INT8 layouts of it and of its fallback blocks; the float32 weight is read twice for the forward and once
+    for the dgrad.
     """
     size, rate = (1, peak.int8) if int8 else (2, peak.bf16)
     extra = 1 + fallback if int8 else 1.0
