@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
+from lightning_int8.threshold import RATE
 
 MODELS = {
     "125m": LlamaConfig(
@@ -93,6 +94,7 @@ def measure(
         # What CUDA graphs keep for their next replay is reserved, not allocated.
         "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
         "first_step_s": first,
+        "fallback_rate": float(torch.cat([s.tensor[:, RATE] for s in states]).nanmean()) if states else None,
         "loss": loss.item(),
     }
     if profile:
@@ -135,7 +137,7 @@ def main() -> None:
     base = results[0]
     title = f"{args.model}, {args.tokens} tokens, compile={args.compile} ({args.mode}), {torch.cuda.get_device_name()}"
     table = Table(title=title)
-    for column in ("precision", "ms a step", "speed-up", "peak GiB", "memory", "first step s", "loss"):
+    for column in ("precision", "ms a step", "speed-up", "peak GiB", "memory", "first step s", "fallback", "loss"):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
@@ -145,6 +147,7 @@ def main() -> None:
             f"{r['peak_gib']:.1f}",
             f"{r['peak_gib'] / base['peak_gib']:.2f}×",
             f"{r['first_step_s']:.1f}",
+            "–" if r["fallback_rate"] is None else f"{r['fallback_rate']:.2f}",
             f"{r['loss']:.3f}",
         )
     console.print(table)
