@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="1b")
     parser.add_argument("--recipe", default="row")
+    parser.add_argument("--strategies", nargs="+", choices=sorted(MODES), default=list(MODES))
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step and GPU")
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after 3 of warm-up")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -123,7 +124,8 @@ def main() -> None:
     torch._dynamo.config.optimize_ddp = False
     alone = [dist.new_group([other]) for other in range(ranks)][rank]
     results: list[dict[str, Any]] = []
-    for strategy, mode in MODES.items():
+    for strategy in arguments.strategies:
+        mode = MODES[strategy]
         for recipe in (None, arguments.recipe):
             one, several = (
                 measure(MODELS[arguments.model], recipe, kind, mode, arguments.tokens, arguments.steps, alone)

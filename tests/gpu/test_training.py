@@ -213,14 +213,14 @@ def test_two_thousand_steps_in_flat_memory(tmp_path, measured) -> None:
 
     class Compiled(TinyModule):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
             loss = self.loss(batch)
             if batch_idx % 100 == 99:
                 self.losses.append(loss.item())
             return loss
 
     model = Compiled(steps=2000)
-    for layer in model.model.layers:
-        layer.compile()
+    model.model.compile(mode="reduce-overhead")
     run = trainer(tmp_path, plugin=FallbackInt8Precision(GPU_RECIPE), accelerator="gpu", callbacks=[memory])
     run.fit(model)
     for step, (allocated, reserved, graphs, resident) in memory.seen.items():
