@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import torch
 
 from lightning_int8 import Int8Recipe, int8_linear
+from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.recipe import resolve_recipe
+
+# What the driver keeps of each block's shared memory on sm_90, in bytes; racecheck's addresses count it.
+RESERVED = 1024
+
+
+def print_dispatch(kernel: CachedLaunch) -> None:
+    """Prints where ``gl.warp_specialize`` keeps the bytes that tell each worker warp what to run.
+
+    They are all that these kernels read from shared memory byte by byte; warps 4 to 11 read one each.
+    """
+    for compiled, _ in kernel._compiled.values():
+        (offset,) = re.findall(r"ld\.shared\.b8\s+\S+, \[\S+\+(\d+)\]", compiled.asm["ptx"])
+        start = RESERVED + int(offset) + 4
+        print(f"dispatch {kernel.__name__} {start} {start + 8}")
 
 
 def main(backend: str) -> None:
@@ -25,6 +41,11 @@ def main(backend: str) -> None:
         y.backward(torch.randn_like(y))
         torch.cuda.synchronize()
         assert all(t.grad.isfinite().all() for t in (x, weight, bias))
+    if backend == "hopper":
+        from lightning_int8.kernels import hopper
+
+        print_dispatch(hopper.row_kernel)
+        print_dispatch(hopper.block_kernel)
     print("small run: ok")
 
 
