@@ -87,9 +87,18 @@ class Case:
         elif op == "swiglu gradient":
             gate, up = torch.randn_like(x), torch.randn_like(x)
             other = state.clone()
-            self.run = lambda: swiglu.swiglu_row_gradient(
-                x, gate, up, t, t, s, m, state, other, rate, capacity, block, True, False, False
-            )
+
+            def both() -> list[torch.Tensor]:
+                dgate, dup, *found = swiglu.swiglu_gradient(x, gate, up, t, t, s, m, capacity, block, False)
+                return [
+                    plane
+                    for i, (dy, states) in enumerate(((dgate, state), (dup, other)))
+                    for plane in quantize_gradient.quantize_row_gradient(
+                        dy, t, s, m, states, rate, capacity, block, True, False, False, [part[i] for part in found]
+                    )
+                ]
+
+            self.run = both
             out = self.run()
             fallen = sum(int((out[i] >= 0).sum()) for i in (2, 6, 11, 15))
             partial = 2 * gradient_partial

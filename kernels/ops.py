@@ -91,17 +91,20 @@ def quantize_row_gradient(
     stochastic: bool,
     bias: bool,
     backend: str,
+    statistics: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`."""
+    """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`; ``statistics`` may be empty."""
     return backends.load(backend).quantize_row_gradient(
-        dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias
-    )
+        dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias,
+        statistics,
+    )  # fmt: skip
 
 
 @_fake("quantize_row_gradient")
 def _(
-    dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias, backend
-):
+    dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias, backend,
+    statistics,
+):  # fmt: skip
     tokens, features = dy.shape
     out = []
     for fold, rows, columns in ((weight_scale, tokens, features), (input_scale, features, tokens)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,56 +26,6 @@ from lightning_int8.kernels.quantize_launch import (
 from lightning_int8.kernels.reference import _INT32_LIMIT
 from lightning_int8.kernels.select import gradient_select
 from lightning_int8.kernels.statistics import gradient_statistics
-
-
-def quantize_row_gradient(
-    dy: Tensor,
-    weight_scale: Tensor | None,
-    input_scale: Tensor | None,
-    input_int_max: Tensor | None,
-    state: Tensor | None,
-    seed_rate: float,
-    capacity: int,
-    block: int,
-    update: bool,
-    stochastic: bool,
-    bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantizes dY ``[M, N]`` as ``A = dY·diag(t)`` and ``G = (dY·diag(s))ᵀ``, with the bias gradient, in two reads.
-
-    Arguments and results of `reference.quantize_row_gradient`, equal to it as `quantize_row` is to its own; ``dbias``
-    is a float32 sum in a fixed order, another than the reference's.
-
-    Args:
-        dy: bfloat16, float16, float32 or float64 ``[M, N]``, any strides; fast if one of them is 1.
-        weight_scale: ``t``, contiguous float32 ``[N]``, or ``None``: no A.
-        input_scale: ``s``, contiguous float32 ``[M]``, or ``None``: no G.
-        input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
-        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G row 2, updated in place when ``update``.
-        seed_rate: See `reference.fallback_mask`.
-        capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
-        update: Whether ``state`` may change.
-        block: Block edge ``B``: 32, 64 or 128.
-        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
-        bias: Whether to write ``dbias``.
-
-    Returns:
-        A's ``low [M, NB·B]``, ``high [C, B, B]`` int8, ``slot [MB, NB]`` int32, ``scale [M]`` float32; G's
-        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
-        wanted comes back empty.
-    """
-    dy, rows, columns, row_blocks, column_blocks = check(dy, block)
-    has_a, has_g = weight_scale is not None, input_scale is not None
-    statistics = GradientStatistics.empty(dy, has_a, has_g, bias, capacity, block)
-    if dy.numel() > 0 and (has_a or has_g or bias):
-        with on(dy):
-            gradient_statistics[(row_blocks * column_blocks,)](
-                dy, input_scale, input_int_max, weight_scale, *statistics, rows, columns, *dy.stride(),
-                B=block, **row_options("gradient_statistics", block, dy),
-            )  # fmt: skip
-    return gradient_from_statistics(
-        dy, statistics, weight_scale, input_scale, state, seed_rate, capacity, block, update, stochastic
-    )
 
 
 class GradientStatistics(NamedTuple):
@@ -109,23 +60,49 @@ class GradientStatistics(NamedTuple):
         )
 
 
-def gradient_from_statistics(
+def quantize_row_gradient(
     dy: Tensor,
-    statistics: GradientStatistics,
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
+    input_int_max: Tensor | None,
     state: Tensor | None,
     seed_rate: float,
     capacity: int,
     block: int,
     update: bool,
     stochastic: bool,
+    bias: bool,
+    statistics: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `quantize_row_gradient` does after its first read, given what that read found."""
+    """Quantizes dY ``[M, N]`` as ``A = dY·diag(t)`` and ``G = (dY·diag(s))ᵀ``, with the bias gradient, in two reads.
+
+    Arguments and results of `reference.quantize_row_gradient`, equal to it as `quantize_row` is to its own; ``dbias``
+    is a float32 sum in a fixed order, another than the reference's.
+
+    Args:
+        dy: bfloat16, float16, float32 or float64 ``[M, N]``, any strides; fast if one of them is 1.
+        weight_scale: ``t``, contiguous float32 ``[N]``, or ``None``: no A.
+        input_scale: ``s``, contiguous float32 ``[M]``, or ``None``: no G.
+        input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
+        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G row 2, updated in place when ``update``.
+        seed_rate: See `reference.fallback_mask`.
+        capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
+        update: Whether ``state`` may change.
+        block: Block edge ``B``: 32, 64 or 128.
+        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        bias: Whether to write ``dbias``.
+        statistics: What the first read would find, if something else has found it already: the fields of
+            `GradientStatistics`, empty tensors where ``None``.
+
+    Returns:
+        A's ``low [M, NB·B]``, ``high [C, B, B]`` int8, ``slot [MB, NB]`` int32, ``scale [M]`` float32; G's
+        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
+        wanted comes back empty.
+    """
     dy, rows, columns, row_blocks, column_blocks = check(dy, block)
+    has_a, has_g = weight_scale is not None, input_scale is not None
     new = Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
-    has_a, has_g, bias = weight_scale is not None, input_scale is not None, statistics.column_sums is not None
 
     def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not wanted:
@@ -145,10 +122,18 @@ def gradient_from_statistics(
         return out
     if not (has_a or has_g or bias):
         return out
+    if len(statistics) > 0:
+        found = GradientStatistics(*(part if part.numel() > 0 else None for part in statistics))
+    else:
+        found = GradientStatistics.empty(dy, has_a, has_g, bias, capacity, block)
+        with on(dy):
+            gradient_statistics[(blocks,)](
+                dy, input_scale, input_int_max, weight_scale, *found, rows, columns, *dy.stride(),
+                B=block, **row_options("gradient_statistics", block, dy),
+            )  # fmt: skip
     a_inverse, g_inverse = new.float32(rows), new.float32(columns)
     a_seed = new.int32(1) if has_a and stochastic else None
     g_seed = new.int32(1) if has_g and stochastic else None
-    found = statistics
     with on(dy):
         gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
             found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), a_slot,

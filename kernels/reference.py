@@ -14,6 +14,7 @@ All arithmetic is float32 in the order written, without fused multiply-add, so t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -271,6 +272,7 @@ def quantize_row_gradient(
     update: bool,
     stochastic: bool,
     bias: bool,
+    statistics: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes dY ``[M, N]`` twice: ``A = dY·diag(t)`` for the dgrad and ``G = (dY·diag(s))ᵀ`` for the wgrad.
 
@@ -289,6 +291,7 @@ def quantize_row_gradient(
         block: Block edge ``B``.
         stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
         bias: Whether the bias gradient is wanted.
+        statistics: What a kernel has found of ``dy`` before; not needed here.
 
     Returns:
         A's ``low [M, NB·B]``, ``high [C, B, B]``, ``slot [MB, NB]``, ``scale [M]``; G's ``low [N, MB·B]``,

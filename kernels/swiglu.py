@@ -16,7 +16,7 @@ from triton.language.extra.cuda import libdevice
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import blocks_along
 from lightning_int8.kernels.quantize import MatrixStatistics, row_from_statistics
-from lightning_int8.kernels.quantize_gradient import GradientStatistics, gradient_from_statistics
+from lightning_int8.kernels.quantize_gradient import GradientStatistics
 from lightning_int8.kernels.quantize_launch import check, on, row_options
 from lightning_int8.kernels.statistics import column_statistics, fold_rows, row_statistics, store_column_statistics
 
@@ -237,7 +237,7 @@ def swiglu_row(
     return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
 
 
-def swiglu_row_gradient(
+def swiglu_gradient(
     dh: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -245,16 +245,11 @@ def swiglu_row_gradient(
     up_scale: Tensor | None,
     input_scale: Tensor | None,
     input_int_max: Tensor | None,
-    gate_state: Tensor | None,
-    up_state: Tensor | None,
-    seed_rate: float,
     capacity: int,
     block: int,
-    update: bool,
-    stochastic: bool,
     bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of ``gate`` and ``up``, each as `quantize_row_gradient` quantizes it.
+    """The gradients of ``gate`` and ``up``, and the statistics that `quantize_row_gradient` takes of each.
 
     Args:
         dh: Gradient of ``silu(gate)·up``, in the dtype of ``gate``, ``[M, N]``.
@@ -264,17 +259,13 @@ def swiglu_row_gradient(
         up_scale: ``t`` of the up projection's weight.
         input_scale: ``s`` of the input that both projections read, contiguous float32 ``[M]``, or ``None``: no G.
         input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
-        gate_state: State of the gate's layer: see `quantize.quantize_row_gradient`, also for the others.
-        up_state: State of the up projection's layer.
-        seed_rate: See `reference.fallback_mask`.
-        capacity: Most blocks of each operand that may fall back; 0 turns fallback off.
+        capacity: As `quantize_row_gradient` will be given it.
         block: Block edge: 32, 64 or 128.
-        update: Whether the states may change.
-        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
         bias: Whether to sum the columns too.
 
     Returns:
-        The nine tensors of `quantize_row_gradient` of ``gate``'s gradient, then those of ``up``'s.
+        Both gradients, then the fields of `GradientStatistics`, each with a first axis of two: of ``gate``'s gradient
+        and of ``up``'s. What is not wanted comes back as ``[2, 0]``.
     """
     dh, gate, up = _inputs(block, dh, gate, up)
     gradients = torch.empty_like(gate), torch.empty_like(up)
@@ -287,13 +278,7 @@ def swiglu_row_gradient(
             dh, gate, up, *gradients, input_scale, input_int_max, gate_scale, up_scale, *pair, rows, columns,
             B=block, **row_options("swiglu_gradient_statistics", block, gate),
         )  # fmt: skip
-    out: list[Tensor] = []
-    for i, (dy, scale, state) in enumerate(zip(gradients, (gate_scale, up_scale), (gate_state, up_state), strict=True)):
-        statistics = GradientStatistics(*(None if part is None else part[i] for part in pair))
-        out += gradient_from_statistics(
-            dy, statistics, scale, input_scale, state, seed_rate, capacity, block, update, stochastic
-        )
-    return tuple(out)
+    return *gradients, *(gate.new_empty(2, 0) if part is None else part for part in pair)
 
 
 def _grid(x: Tensor, block: int) -> tuple[int]:

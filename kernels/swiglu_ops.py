@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row, quantize_row_gradient
+from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row
 
 
 def _module(backend: str) -> ModuleType:
@@ -44,8 +45,8 @@ def _(gate, up, state, operand, seed_rate, capacity, block, update, transpose, b
     return h, *quantize_row(h, state, operand, seed_rate, capacity, block, update, transpose, backend)
 
 
-@_define("swiglu_row_gradient", mutates=["gate_state", "up_state"])
-def swiglu_row_gradient(
+@_define("swiglu_gradient")
+def swiglu_gradient(
     dh: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -53,33 +54,25 @@ def swiglu_row_gradient(
     up_scale: Tensor | None,
     input_scale: Tensor | None,
     input_int_max: Tensor | None,
-    gate_state: Tensor | None,
-    up_state: Tensor | None,
-    seed_rate: float,
     capacity: int,
     block: int,
-    update: bool,
-    stochastic: bool,
     bias: bool,
     backend: str,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-]:  # fmt: skip
-    """See :func:`lightning_int8.kernels.swiglu_reference.swiglu_row_gradient`."""
-    return _module(backend).swiglu_row_gradient(
-        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, gate_state, up_state, seed_rate, capacity,
-        block, update, stochastic, bias,
-    )  # fmt: skip
-
-
-@_fake("swiglu_row_gradient")
-def _(
-    dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, gate_state, up_state, seed_rate, capacity, block,
-    update, stochastic, bias, backend,
-):  # fmt: skip
-    rest = seed_rate, capacity, block, update, stochastic, bias, backend
-    return (
-        *quantize_row_gradient(gate, gate_scale, input_scale, input_int_max, gate_state, *rest),
-        *quantize_row_gradient(up, up_scale, input_scale, input_int_max, up_state, *rest),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.swiglu.swiglu_gradient`."""
+    return _module(backend).swiglu_gradient(
+        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias
     )
+
+
+@_fake("swiglu_gradient")
+def _(dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias, backend):
+    gradients = torch.empty_like(gate), torch.empty_like(up)
+    if backend == "reference":
+        return *gradients, *(gate.new_empty(2, 0) for _ in range(8))
+    from lightning_int8.kernels.quantize_gradient import GradientStatistics
+
+    pair = GradientStatistics.empty(
+        gate, gate_scale is not None, input_scale is not None, bias, capacity, block, copies=(2,)
+    )
+    return *gradients, *(gate.new_empty(2, 0) if part is None else part for part in pair)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_int8.kernels.reference import quantize_row, quantize_row_gradient
+from lightning_int8.kernels.reference import quantize_row
 
 
 def swiglu_row(
@@ -25,7 +25,7 @@ def swiglu_row(
     return h, *quantize_row(h, state, operand, seed_rate, capacity, block, update, transpose)
 
 
-def swiglu_row_gradient(
+def swiglu_gradient(
     dh: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -33,23 +33,10 @@ def swiglu_row_gradient(
     up_scale: Tensor | None,
     input_scale: Tensor | None,
     input_int_max: Tensor | None,
-    gate_state: Tensor | None,
-    up_state: Tensor | None,
-    seed_rate: float,
     capacity: int,
     block: int,
-    update: bool,
-    stochastic: bool,
     bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of ``gate`` and ``up`` ``[M, N]``, each as `reference.quantize_row_gradient` quantizes it.
-
-    Returns:
-        Its nine tensors for ``gate``, then those for ``up``.
-    """
+    """The gradients of ``gate`` and ``up`` ``[M, N]``; the statistics, which the reference needs not, are empty."""
     dgate, dup = torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
-    rest = seed_rate, capacity, block, update, stochastic, bias
-    return (
-        *quantize_row_gradient(dgate, gate_scale, input_scale, input_int_max, gate_state, *rest),
-        *quantize_row_gradient(dup, up_scale, input_scale, input_int_max, up_state, *rest),
-    )
+    return dgate, dup, *(gate.new_empty(2, 0) for _ in range(8))

@@ -152,7 +152,9 @@ class RowScheme(_BlockFallback):
     ) -> tuple[Tensor, ...]:
         """``silu(gate)·up`` ``[M, N]``, and what `input_of` takes of it."""
         rate, capacity = self._fallback(gate, self.recipe.activation_band)
-        return swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        self._measure_power(h, state, 0, update, step=planes[5])
+        return h, *planes
 
     def quantize_weight(self, weight, transposed, backend):
         low, low_t, _, _, _, scale, _ = ops.quantize_row(
@@ -170,11 +172,11 @@ class RowScheme(_BlockFallback):
             None, QuantizedMatrix(low_t, None, None, None, tuple(weight.shape)[::-1], self.block), scale
         )
 
-    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
+    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
-        _, _, _, input_scale, int_max = saved or [None] * 5
-        planes = ops.quantize_row_gradient(
+        low_t, high_t, slot, input_scale, int_max = saved or [None] * 5
+        a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
             dy,
             weight_scale,
             input_scale,
@@ -187,71 +189,38 @@ class RowScheme(_BlockFallback):
             self.recipe.stochastic_rounding,
             bias,
             backend,
+            statistics,
         )
-        if weight_scale is not None:
-            self._measure_power(dy, state, 1, update, column_scale=weight_scale, step=planes[3])
-        if input_scale is not None:
-            self._measure_power(dy, state, 2, update, row_scale=input_scale, step=planes[7])
-        return self._gradient(planes, tuple(dy.shape), weight, saved, size, bias)
+        dgrad = wgrad = input_transposed = None
+        if weight is not None:
+            self._measure_power(dy, state, 1, update, column_scale=weight_scale, step=a_scale)
+            dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
+        if low_t is not None and high_t is not None and slot is not None:
+            self._measure_power(dy, state, 2, update, row_scale=input_scale, step=g_scale)
+            wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
+            input_transposed = self._transposed(low_t, high_t, slot, None, size)
+        return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
 
-    def quantize_swiglu_gradient(
+    def swiglu_gradient(
         self,
         dh: Tensor,
         gate: Tensor,
         up: Tensor,
         weights: Sequence[QuantizedWeight] | None,
-        saved: tuple[Tensor, ...] | None,
-        size: tuple[int, int],
-        states: tuple[Tensor | None, Tensor | None],
-        update: bool,
+        saved: Sequence[Tensor],
         bias: bool,
         backend: str,
-    ) -> tuple[QuantizedGradient, QuantizedGradient]:
-        """The gradients of ``gate`` and ``up`` given that of ``silu(gate)·up``; both projections read one X."""
-        rate, capacity = self._fallback(gate, self.recipe.gradient_band)
+    ) -> tuple[Tensor, ...]:
+        """The gradients of ``gate`` and ``up``, and stacked, the ``statistics`` that `quantize_gradient` takes of each.
+
+        ``weights`` and ``saved`` as it will be given them; both projections read one X.
+        """
+        _, capacity = self._fallback(gate, self.recipe.gradient_band)
         gate_scale, up_scale = (None, None) if weights is None else (w.fold for w in weights)
         _, _, _, input_scale, int_max = saved or [None] * 5
-        planes = swiglu_ops.swiglu_row_gradient(
-            dh,
-            gate,
-            up,
-            gate_scale,
-            up_scale,
-            input_scale,
-            int_max,
-            *states,
-            rate,
-            capacity,
-            self.block,
-            update,
-            self.recipe.stochastic_rounding,
-            bias,
-            backend,
+        return swiglu_ops.swiglu_gradient(
+            dh, gate, up, gate_scale, up_scale, input_scale, int_max, capacity, self.block, bias, backend
         )
-        gate_weight, up_weight = weights or (None, None)
-        return (
-            self._gradient(planes[:9], tuple(gate.shape), gate_weight, saved, size, bias),
-            self._gradient(planes[9:], tuple(up.shape), up_weight, saved, size, bias),
-        )
-
-    def _gradient(
-        self,
-        planes: Sequence[Tensor],
-        dy_size: tuple[int, int],
-        weight: QuantizedWeight | None,
-        saved: tuple[Tensor, ...] | None,
-        size: tuple[int, int],
-        bias: bool,
-    ) -> QuantizedGradient:
-        a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = planes
-        dgrad = wgrad = input_transposed = None
-        if weight is not None:
-            dgrad = self._matrix(a_low, a_high, a_slot, a_scale, dy_size, a_high.shape[0])
-        if saved:
-            low_t, high_t, slot, _, _ = saved
-            wgrad = self._matrix(g_low, g_high, g_slot, g_scale, dy_size[::-1], g_high.shape[0])
-            input_transposed = self._transposed(low_t, high_t, slot, None, size)
-        return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)

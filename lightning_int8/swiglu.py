@@ -81,27 +81,26 @@ class _Int8SwiGLU(torch.autograd.Function):
                 w or scheme.transpose_weight(v, scale, backend)
                 for w, v, scale in zip(ctx.kept, (gate_weight, up_weight), (gate_scale, up_scale), strict=True)
             ]
-        gradients = scheme.quantize_swiglu_gradient(
-            grad_outputs[0], gate, up, weights, tuple(saved) if needs_dw else None, ctx.input_size, ctx.states,
-            ctx.update, needs_db, backend,
-        )  # fmt: skip
-        dx = None
-        if weights is not None:
-            gate_dx, up_dx = (
-                scheme.gemm(g.dgrad, w.dgrad, None, gate.dtype, backend).to(ctx.input_dtype)
-                for g, w in zip(gradients, weights, strict=True)
-            )
-            dx = gate_dx + up_dx
-        dw: list[Tensor | None] = [None, None]
-        if needs_dw:
-            dw = [
-                scheme.gemm(g.wgrad, g.input_transposed, None, weight.dtype, backend)
-                for g, weight in zip(gradients, (gate_weight, up_weight), strict=True)
-            ]
-        db: list[Tensor | None] = [None, None]
-        if needs_db:
-            db = [g.dbias.to(dtype) for g, dtype in zip(gradients, ctx.bias_dtypes, strict=True) if g.dbias is not None]
-        return dx, *dw, *db, *[None] * 9
+        saved = tuple(saved) if needs_dw else ()
+        dgate, dup, *statistics = scheme.swiglu_gradient(grad_outputs[0], gate, up, weights, saved, needs_db, backend)
+        results: list[tuple[Tensor | None, ...]] = []
+        # One after the other, so that the planes of one are gone before those of the other are made.
+        for i, dy in enumerate((dgate, dup)):
+            weight = None if weights is None else weights[i]
+            g = scheme.quantize_gradient(
+                dy, weight, saved, ctx.input_size, ctx.states[i], ctx.update, needs_db, backend,
+                [part[i] for part in statistics],
+            )  # fmt: skip
+            dx = dw = None
+            if weight is not None:
+                dx = scheme.gemm(g.dgrad, weight.dgrad, None, gate.dtype, backend).to(ctx.input_dtype)
+            if saved:
+                dw = scheme.gemm(g.wgrad, g.input_transposed, None, gate_weight.dtype, backend)
+            results.append((dx, dw, None if g.dbias is None else g.dbias.to(ctx.bias_dtypes[i])))
+        (gate_dx, *gate_rest), (up_dx, *up_rest) = results
+        dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
+        (gate_dw, gate_db), (up_dw, up_db) = gate_rest, up_rest
+        return dx, gate_dw, up_dw, gate_db, up_db, *[None] * 9
 
 
 def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> bool:
@@ -123,7 +122,6 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
         and recipe.forward
         and recipe.dgrad
         and recipe.wgrad
-        and recipe.budget is None
         and gate.weight.shape == up.weight.shape
         and gate.weight.dtype == up.weight.dtype
         and gate.weight.requires_grad == up.weight.requires_grad

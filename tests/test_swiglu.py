@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def converted(cls: type[nn.Module] = SwiGLU, fuse: bool = True, **options: bool) -> nn.Module:
+BUDGET = {"budget": 0.1, "activation_band": (0.0, 0.3), "gradient_band": (0.0, 0.3)}
+
+
+def converted(cls: type[nn.Module] = SwiGLU, fuse: bool = True, bias: bool = False, **recipe: Any) -> nn.Module:
     torch.manual_seed(1)
-    module = cls(**options)
-    report = convert_to_int8(module, {"block_size": 16, "fuse_swiglu": fuse})
+    module = cls(bias)
+    report = convert_to_int8(module, {"block_size": 16, "fuse_swiglu": fuse, **recipe})
     assert report.fused == (("",) if is_fused(module) else ())
     return module
 
@@ -60,9 +64,9 @@ def fused_calls(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_equals_the_layers_one_by_one(fused_calls, bias, autocast):
-    apart, fused = converted(fuse=False, bias=bias), converted(bias=bias)
+@pytest.mark.parametrize(("bias", "recipe"), [(False, {}), (True, {"stochastic_rounding": True}), (False, BUDGET)])
+def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
+    apart, fused = converted(fuse=False, bias=bias, **recipe), converted(bias=bias, **recipe)
     x = torch.randn(2, 20, 48)
     for _ in range(2):
         assert_equal(run(apart, x, autocast=autocast), run(fused, x, autocast=autocast))

@@ -30,7 +30,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
-        swiglu.swiglu_row_gradient(x, x, x, t, t, s, s, state, state, 0.2, capacity, block, True, stochastic, True)
+        swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
 
 
 def main(capabilities: list[int]) -> int:
