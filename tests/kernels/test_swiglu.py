@@ -29,7 +29,9 @@ if not INTERPRETED and not torch.cuda.is_available():
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 else:
-    from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_reference
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_ops, swiglu_reference
     from tests.assertions import EXACT, assert_close
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,6 +98,18 @@ else:
             )
             assert_planes_equal(name, wanted, got, (2, 6), (1, 5))
             assert_close("state", states[2 * i], states[2 * i + 1], EXACT)
+
+    @pytest.mark.parametrize(("dgrad", "wgrad", "bias", "capacity"), [(True, True, True, 3), (False, False, False, 0)])
+    def test_tracing_sees_the_same_shapes(dgrad, wgrad, bias, capacity):
+        gate, up, dh = tensors(70, 50, torch.float16)
+        t = torch.rand(50, device=DEVICE) if dgrad else None
+        s = torch.rand(70, device=DEVICE) if wgrad else None
+        arguments = [dh, gate, up, t, t, s, s, capacity, 32, bias]
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            traced = swiglu_ops.swiglu_gradient(*fakes, "triton")
+        for a, b in zip(swiglu.swiglu_gradient(*arguments), traced, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
     def test_what_it_cannot_take_is_said():
         x = torch.ones(4, 4, device=DEVICE)
