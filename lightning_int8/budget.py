@@ -11,8 +11,7 @@ and scales follow the threshold θ. Lowering ln θ by a little costs ρ = -d(rat
 
 With `block` scaling only the blocks above the threshold gain, and the value is θ²/P. S and P are sampled where the
 operand is quantized. For ρ, a threshold alternates a little about its place, and ρ is the regression of the changes of
-the rate on those of ln θ.
-Everything is computed on the device from what the quantize kernels count, after the optimizer step, like the bands.
+the rate on those of ln θ. Everything is computed on the device after the optimizer step, like the bands.
 """
 
 from __future__ import annotations
