@@ -87,7 +87,7 @@ class Int8Recipe:
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
-    fuse_swiglu: bool = False
+    fuse_swiglu: bool = True
     outlier_threshold: float | None = None
     backend: Backend = "auto"
 
