@@ -47,7 +47,7 @@ def write_results(folder: Path, finished: Finished, shared: dict[str, Any]) -> N
                 lines.writerow([run.name, step, f"{loss:.6f}", curve["val_loss"].get(step, "")])
     _join_fallback_rates(folder, finished)
     _draw(folder / "curves.png", finished)
-    (folder / "study.md").write_text(_page(rows, shared))
+    (folder / "study.md").write_text(_page(rows, shared, _seed_deviation(finished)))
 
 
 def _group(run: Run) -> tuple[str, ...]:
@@ -56,10 +56,10 @@ def _group(run: Run) -> tuple[str, ...]:
 
 
 def _baseline(finished: Finished, run: Run) -> float | None:
-    """Held-out loss of the BF16 run that differs from ``run`` in its precision alone: same weights, same batches."""
+    """Held-out loss of the BF16 run that differs from ``run`` in its precision alone, or ``None`` if that is ``run``."""
     for other, result in finished:
         if other.int8 is None and other.float8 is None and (_group(other), other.seed) == (_group(run), run.seed):
-            return result["val_loss"]
+            return None if other is run else result["val_loss"]
     return None
 
 
@@ -154,8 +154,9 @@ def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
     return smoothed
 
 
-def _page(rows: list[dict[str, Any]], shared: dict[str, Any]) -> str:
+def _page(rows: list[dict[str, Any]], shared: dict[str, Any], deviation: float | None) -> str:
     heading = f"# Study, {shared['tokens']:,} tokens a run\n\n"
     table = "| " + " | ".join(COLUMNS).replace("_", " ") + " |\n" + "|---" * len(COLUMNS) + "|\n"
     table += "".join("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |\n" for row in rows)
-    return heading + table
+    seeds = "" if deviation is None else f"\nBF16 over seeds: standard deviation {deviation:.5f} nats.\n"
+    return heading + table + seeds
