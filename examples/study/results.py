@@ -56,7 +56,7 @@ def _group(run: Run) -> tuple[str, ...]:
 
 
 def _baseline(finished: Finished, run: Run) -> float | None:
-    """Held-out loss of the BF16 run that differs from ``run`` in its precision alone, or ``None`` if that is ``run``."""
+    """Held-out loss of the BF16 run that differs from ``run`` in its precision alone; ``None`` without another such."""
     for other, result in finished:
         if other.int8 is None and other.float8 is None and (_group(other), other.seed) == (_group(run), run.seed):
             return None if other is run else result["val_loss"]
