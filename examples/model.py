@@ -51,7 +51,7 @@ class LlamaModule(L.LightningModule):
         optimizer: AdamW, or another class that takes its parameters, ``lr`` and ``betas``, such as
             ``torchao.optim.AdamW8bit`` or ``bitsandbytes.optim.AdamW8bit``.
         compile: `torch.compile`'s mode for each decoder layer; ``"reduce-overhead"`` replays CUDA graphs, without which
-            a small model waits for the host. ``None``: eager.
+            a small model waits for the host; not with accumulated gradients. ``None``: eager.
     """
 
     def __init__(
@@ -104,6 +104,21 @@ class LlamaModule(L.LightningModule):
             return
         for module in (*self.model.layers, self.model):
             fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Refuses what PyTorch computes wrongly.
+
+        Raises:
+            ValueError: Gradients are accumulated with ``compile="reduce-overhead"``: each replay overwrites those of
+                the micro-batch before (pytorch/pytorch issues 96693 and 169545).
+        """
+        batches = self.trainer.accumulate_grad_batches
+        if self.replays_graphs and batches > 1:
+            raise ValueError(
+                f"LlamaModule(compile='reduce-overhead') with accumulate_grad_batches={batches}: a replayed CUDA graph "
+                "overwrites the gradients of the micro-batch before. Use compile='default', or larger batches and "
+                "accumulate_grad_batches=1."
+            )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token after each position of ``tokens``."""

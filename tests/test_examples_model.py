@@ -179,6 +179,16 @@ def test_module_arguments_are_checked() -> None:
         LlamaModule(SMALL, warmup_steps=-1)
 
 
+def test_accumulated_gradients_are_refused_with_cuda_graphs(tmp_path) -> None:
+    rows = DataLoader(torch.randint(61, (4, 17)), batch_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2.*compile='default'"):
+        trainer.fit(LlamaModule(SMALL, compile="reduce-overhead"), rows)
+
+
 def test_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:
     torch.save(Llama(SMALL).state_dict(), tmp_path / "model.pt")
     other = Llama(dataclasses.replace(SMALL, ffn_dim=64))
