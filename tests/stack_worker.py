@@ -1,6 +1,6 @@
 """One of two processes: two Llamas under DDP, FSDP1 and FSDP2, compiled and checkpointed, for `test_stacks.py`.
 
-Started with torchrun's environment variables: `python -m tests.stack_worker FOLDER`.
+Started with torchrun's environment variables: `python -m tests.stack_worker FOLDER DEVICE`; DEVICE is `cpu` or `gpu`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -31,9 +31,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODELS = ("ours", "transformers")
 STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 VARIANTS = ("eager", "checkpointed", "compiled")
-CELLS = [*itertools.product(MODELS, STRATEGIES, VARIANTS)]
-# Compiling takes most of the time, so this once.
-CELLS += [("ours", strategy, "compiled and checkpointed") for strategy in STRATEGIES]
+# Compiling takes most of the time: for the CPU, and into CUDA graphs.
+CELLS = {
+    "cpu": [
+        *itertools.product(MODELS, STRATEGIES, VARIANTS),
+        *itertools.product(["ours"], STRATEGIES, ["compiled and checkpointed"]),
+    ],
+    "gpu": [*itertools.product(["ours"], STRATEGIES, VARIANTS), ("ours", "ddp", "graphs")],
+}
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 32, 128
 
 
@@ -66,10 +71,14 @@ class Module(pl.LightningModule):
         if "compiled" in variant:
             for layer in self.layers:
                 layer.compile(backend="aot_eager")
+        if variant == "graphs":
+            for layer in self.layers:
+                layer.compile(mode="reduce-overhead")
         self.losses: list[float] = []
         self.graphs: list[int] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         logits = self.model(batch[:, :-1])
         logits = logits if isinstance(logits, Tensor) else logits.logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -96,24 +105,26 @@ class ShardedModule(Module):
             fully_shard(self.model, mesh=mesh)
 
 
-def run(folder: Path, model: str, strategy: str, variant: str) -> dict[str, Any]:
+def run(folder: Path, device: str, model: str, strategy: str, variant: str) -> dict[str, Any]:
     torch._dynamo.reset()
     counters.clear()
     module = (ShardedModule if strategy == "fsdp2" else Module)(model, variant)
+    fsdp1 = CpuFSDPStrategy if device == "cpu" else FSDPStrategy
     strategies = {
         "ddp": lambda: DDPStrategy(),
-        "fsdp1": lambda: CpuFSDPStrategy(auto_wrap_policy={type(module.layers[0])}),
+        "fsdp1": lambda: fsdp1(auto_wrap_policy={type(module.layers[0])}),
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }
     plugin = FallbackInt8Precision(GPU_RECIPE, "32-true")
-    trainer(folder, plugin=plugin, strategy=strategies[strategy](), devices=2).fit(module)
+    options = {"accelerator": device, "devices": 2, "strategy": strategies[strategy]()}
+    trainer(folder, plugin=plugin, **options).fit(module)
     return {"losses": module.losses, "graphs": module.graphs}
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, device = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    results = {", ".join(cell): run(folder, *cell) for cell in CELLS}
+    results = {", ".join(cell): run(folder, device, *cell) for cell in CELLS[device]}
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
