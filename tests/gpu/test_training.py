@@ -200,12 +200,17 @@ class Memory(pl.Callback):
             from torch._dynamo.utils import counters
 
             torch.cuda.synchronize()
-            self.seen[trainer.global_step] = (
+            now = (
                 torch.cuda.memory_allocated(),
                 torch.cuda.memory_reserved(),
                 counters["stats"]["unique_graphs"],
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
+            self.seen[trainer.global_step] = now
+            print(f"step {trainer.global_step}, {time.monotonic() - self.began:.1f} s:", *now, flush=True)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.began = time.monotonic()
 
 
 def test_two_thousand_steps_in_flat_memory(tmp_path, measured) -> None:
