@@ -247,6 +247,18 @@ def test_the_whole_command(tmp_path, capsys) -> None:
     assert "too small to gain" in capsys.readouterr().out
 
 
+def test_a_second_run_adds_to_the_first(tmp_path, capsys) -> None:
+    arguments = ["--device", "cpu", "--peers", "--shapes", "32,32", "--tokens", "64", "--recipes", "row", "--add"]
+    for section in ("gemm", "linear"):
+        assert main([*arguments, "--output", str(tmp_path), "--sections", section]) == 0
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert (len(results["gemm"]), len(results["linear"])) == (3, 1)
+    assert results["about"]["command"].count("--sections") == 2
+    other = {"about": {**results["about"], "device": "another"}}
+    with pytest.raises(ValueError, match=r"--add: device was another"):
+        report.added(other, results)
+
+
 def test_nothing_is_begun_without_time_and_all_of_it_is_named(tmp_path, capsys) -> None:
     arguments = ["--device", "cpu", "--peers", "--shapes", "32,32", "--tokens", "64", "--seconds", "0"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from lightning_int8.bench.precisions import TORCHAO
-from lightning_int8.bench.report import tables, write
+from lightning_int8.bench.report import added, tables, write
 from lightning_int8.bench.run import Run
 from lightning_int8.bench.step import COMPILING
 from lightning_int8.recipe import PRESETS, Int8Recipe, resolve_recipe
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--output", type=Path, default=Path("bench"), help="folder for <date>-<gpu>-bench.json, .md, .png"
     )
+    made.add_argument("--add", action="store_true", help="keep what those files already hold")
     return made
 
 
@@ -119,13 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.measure(config, until)
     command = "lightning-int8-bench " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     results = run.results(command)
+    file = args.output / default_name(gpu)
+    known = file.with_name(file.name + ".json")
+    if args.add and known.exists():
+        results = added(json.loads(known.read_text()), results)
     for table in tables(results):
         console.print(table.rich())
     for line in results["advice"]:
         console.print(f"• {line}", highlight=False)
     for line in results["skipped"]:
         console.print(f"Not measured: {line}", highlight=False)
-    written = write(results, args.output / default_name(gpu))
+    written = write(results, file)
     console.print("Wrote " + ", ".join(map(str, written)), highlight=False)
     return 0
 

@@ -214,6 +214,23 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of two runs on the same GPU as those of one.
+
+    Raises:
+        ValueError: The runs were on different GPUs or with different versions.
+    """
+    for key in ("device", "versions"):
+        if old["about"][key] != new["about"][key]:
+            raise ValueError(f"--add: {key} was {old['about'][key]}, is {new['about'][key]}; use another --output.")
+    about = {
+        **new["about"],
+        "seconds": old["about"]["seconds"] + new["about"]["seconds"],
+        "command": f"{old['about']['command']}` and `{new['about']['command']}",
+    }
+    return {key: about if key == "about" else [*old[key], *value] for key, value in new.items()}
+
+
 def write(results: Mapping[str, Any], file: Path) -> list[Path]:
     """Writes ``file`` with the endings ``.json``, ``.md`` and, where there is a ratio to draw, ``.png``."""
     # No suffix is taken off: a GPU's name may hold a dot.

@@ -61,7 +61,7 @@ def measure(
     compiling: str,
     clock: Clock,
     until: float,
-    steps: int = 8,
+    steps: int = 6,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Times the workload's training step in every precision for which there is time, one after the other.
