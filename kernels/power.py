@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,6 @@ def measure_power(
     """Adds the mean squares of ``diag(row_scale)·x·diag(column_scale)`` and of ``step`` to ``state``; 1 to the count.
 
     About 256 rows are read, at an odd distance, so that they fall on all positions of sequences of any even length.
-    What is not finite is left out.
 
     Args:
         x: float ``[R, Q]``.
@@ -37,16 +38,26 @@ def measure_power(
     if not update or torch.is_inference_mode_enabled() or x.numel() == 0:
         return
     distance = max(1, x.shape[0] // SAMPLED_ROWS) | 1
-    sample = x[::distance].float()
+    sample = x[::distance]
+    if x.dtype == torch.float64:
+        sample = sample.float()
     if row_scale is not None:
         sample = sample * row_scale[::distance, None]
     if column_scale is not None:
         sample = sample * column_scale
-    power = sample.square().mean()
-    error = torch.zeros_like(power) if step is None else step.square().mean()
-    finite = (power + error).isfinite()
-    both = torch.stack([power, error]).where(finite, 0.0)
-    state[operand, POWER_SUM : POWER_COUNT + 1] += torch.cat([both, finite.float()[None]])
+    one = _inverse(x.device, 1)
+    power = torch.linalg.vector_norm(sample, dtype=torch.float32)
+    error = torch.zeros_like(power) if step is None else torch.linalg.vector_norm(step)
+    norms = torch.stack([power, error, one[0]])
+    sizes = (sample.numel(), 1 if step is None else step.numel(), 1)
+    state[operand, POWER_SUM : POWER_COUNT + 1].addcmul_(norms, norms * _inverse(x.device, *sizes))
+
+
+@functools.lru_cache(maxsize=256)
+def _inverse(device: torch.device, *sizes: int) -> Tensor:
+    """Kept on the device, since a copy from the host in every call would cost more than the sums."""
+    with torch.inference_mode(False):
+        return torch.tensor([1.0 / size for size in sizes], device=device)
 
 
 @measure_power.register_fake

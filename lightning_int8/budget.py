@@ -64,15 +64,15 @@ def move_to_price(
     """
     fallback, total, power_sum, step_sum, samples = counts
     low, high, factor = limits
-    seen = (total > 0) & threshold.isfinite() & (samples + table[:, POWER] > 0)
-    place = threshold.where(seen, 1.0).log()
-    rate = (fallback / total).where(seen, 0.0)
 
     def average(old: Tensor, new_sum: Tensor) -> Tensor:
-        new = new_sum / samples
-        return torch.where(samples > 0, torch.where(old > 0, old + (1 - POWER_MEMORY) * (new - old), new), old)
+        new = new_sum / samples  # NaN where nothing was sampled, or where the operand held one
+        return torch.where(new.isfinite(), torch.where(old > 0, old + (1 - POWER_MEMORY) * (new - old), new), old)
 
-    power, step_power = average(table[:, POWER], power_sum), average(table[:, STEP_POWER], step_sum)
+    power, step_power = (average(table[:, column], new) for column, new in ((POWER, power_sum), (STEP_POWER, step_sum)))
+    seen = (total > 0) & threshold.isfinite() & (power > 0)
+    place = threshold.where(seen, 1.0).log()
+    rate = (fallback / total).where(seen, 0.0)
 
     again = seen & (table[:, SLOPE_XX] > 0)
     change = (place - table[:, LAST]).where(again, 0.0)

@@ -105,21 +105,39 @@ def test_power_is_the_mean_square_of_the_scaled_operand():
     x = torch.randn(100, 48, generator=generator)
     rows, columns = torch.rand(100, generator=generator), torch.rand(48, generator=generator)
     state = torch.zeros(2, COLUMNS)
-    for scales in ((None, None), (rows, None), (None, columns)):
+    for scales, dtype in (
+        ((None, None), torch.float32),
+        ((None, None), torch.float64),
+        ((rows, None), torch.float64),
+        ((None, columns), torch.float32),
+    ):
         state.zero_()
-        measure_power(x, *scales, torch.tensor([[1.0, 3.0]]), state, 1, True)
+        measure_power(x.to(dtype), *scales, torch.tensor([[1.0, 3.0]]), state, 1, True)
         want = x * (1 if scales[0] is None else rows[:, None]) * (1 if scales[1] is None else columns)
         torch.testing.assert_close(state[1, POWER_SUM], want.square().mean())
         assert state[1, STEP_SUM] == 5.0
         assert state[1, POWER_COUNT] == 1
         assert not state[0].any()
-    x[3, 3] = float("inf")
-    measure_power(x, None, None, None, state, 1, True)
-    assert state[1].isfinite().all()
-    assert state[1, POWER_COUNT] == 1
     before = state.clone()
-    measure_power(x.nan_to_num(), None, None, None, state, 1, False)
+    measure_power(x, None, None, None, state, 1, False)
     assert torch.equal(before, state)
+
+
+def test_what_is_not_finite_leaves_the_averages_and_the_next_step_counts_again():
+    model = TinyModel()
+    convert_to_int8(model, RECIPE)
+    x, _ = batches(1)
+    bad = x.clone()
+    bad[3, 3] = float("inf")
+    powers = []
+    for batch in (x, bad, x):
+        model(batch.clone().requires_grad_()).square().mean().backward()
+        update_thresholds(model)
+        powers.append({name: table[:, POWER] for name, table in thresholds(model).items()})
+    assert_same(powers[0], powers[1])
+    for name, power in powers[2].items():
+        assert (power > 0).all(), name
+        assert power.isfinite().all(), name
 
 
 def test_sample_of_a_long_operand_is_not_all_first_tokens():
