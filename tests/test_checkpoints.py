@@ -97,5 +97,9 @@ def test_the_references_differ_and_their_gradients_are_clipped(one_device) -> No
 
 
 def test_consolidation_says_what_it_cannot_do(tmp_path: Path) -> None:
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / "meta.pt").touch()
+    with pytest.raises(FileExistsError, match="choose another name, or delete it"):
+        consolidate_checkpoint(tmp_path / "sharded", tmp_path / "sharded" / "meta.pt")
     with pytest.raises(ValueError, match=r"is not a sharded checkpoint: it has no meta\.pt"):
         consolidate_checkpoint(tmp_path, tmp_path / "whole.ckpt")
