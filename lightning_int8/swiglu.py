@@ -97,6 +97,7 @@ class _Int8SwiGLU(torch.autograd.Function):
             if saved:
                 dw = scheme.gemm(g.wgrad, g.input_transposed, None, gate_weight.dtype, backend)
             results.append((dx, dw, None if g.dbias is None else g.dbias.to(ctx.bias_dtypes[i])))
+            del g
         (gate_dx, *gate_rest), (up_dx, *up_rest) = results
         dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
         (gate_dw, gate_db), (up_dw, up_db) = gate_rest, up_rest
