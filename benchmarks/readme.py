@@ -22,11 +22,11 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 
 def spread(ratios: list[float]) -> str:
-    """The geometric mean, and the lowest and highest of several."""
+    """The geometric mean, and of several the lowest, the highest and their number."""
     if not ratios:
         return "–"
     mean = f"{statistics.geometric_mean(ratios):.2f}"
-    return mean if len(ratios) == 1 else f"{mean} ({min(ratios):.2f} – {max(ratios):.2f})"
+    return mean if len(ratios) == 1 else f"{mean} ({min(ratios):.2f} – {max(ratios):.2f}; {len(ratios)} lines)"
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[str], str]]]:

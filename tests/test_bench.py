@@ -289,7 +289,7 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     }
     results = {
         "gemm": [], "first_step": [],
-        "linear": [{"tokens": 8, "k": 4, "n": 4, "cells": cells}],
+        "linear": [{"tokens": 8, "k": 4, "n": 4, "weights": "float32", "cells": cells}],
         "step": [{"model": "m", "tokens": 8, "compiling": "graphs", "min_features": 64, "cells": cells}],
     }  # fmt: skip
     page = "\n".join(table.markdown() for table in report.tables(results))

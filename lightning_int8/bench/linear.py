@@ -47,9 +47,9 @@ def measure(
     The weight is float32: BF16 casts it, and its gradient back; INT8 quantizes it as it is.
 
     Returns:
-        ``tokens``, ``k``, ``n``, and for each precision its ``ms``, ``ratio`` to BF16, of peers their
-        ``low_precision_share``, ``fallback_rate`` where there is one; ``model_ms`` where the GPU's peaks are known;
-        ``error`` if it did not run.
+        ``tokens``, ``k``, ``n``, the ``weights``' dtype, and for each precision its ``ms``, ``ratio`` to BF16, of peers
+        their ``low_precision_share``, ``fallback_rate`` where there is one; ``model_ms`` where the GPU's peaks are
+        known; ``error`` if it did not run.
     """
     torch.manual_seed(0)
     x, dy = uneven(tokens, k, 1.0, device).requires_grad_(), uneven(tokens, n, 1e-3, device)
@@ -86,4 +86,4 @@ def measure(
         ours = isinstance(layer[0], Int8Linear)  # type: ignore[index]
         if peak is not None and (ours or name == "bf16"):
             cells[name]["model_ms"] = linear_milliseconds(tokens, k, n, ours, rate or 0.0, peak, bandwidth)
-    return {"tokens": tokens, "k": k, "n": n, "cells": cells}
+    return {"tokens": tokens, "k": k, "n": n, "weights": "float32", "cells": cells}
