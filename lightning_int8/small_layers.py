@@ -19,9 +19,9 @@ MinFeatures = int | Literal["auto"]
 # bf16-mixed, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle
 # and move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
 MEASURED: dict[tuple[int, int], dict[str, int]] = {
-    # H100, docs/results/2026-11-22-H100-bench.md, which has weights in BF16. `row`: at 3276.8 (2048 → 8192 and back) 0.98
-    # and 1.00 times BF16; the casts of float32 weights that BF16 needs are reckoned to add 0.02 (docs/log.md), so the
-    # line is drawn there. `block` loses up to 8192, the largest that was measured.
+    # H100, docs/results/2026-11-22-H100-bench.md, which has weights in BF16. `row`: at 3276.8 (2048 → 8192 and back)
+    # 0.98 and 1.00 times BF16; the casts of float32 weights that BF16 needs are reckoned to add 0.02 (docs/log.md), so
+    # the line is drawn there. `block` loses up to 8192, the largest that was measured.
     (9, 0): {"row": 3276, "block": 16384},
 }
 # For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
