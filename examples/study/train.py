@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
@@ -166,7 +165,6 @@ def _module(run: Run, shared: dict[str, Any], steps: int, on_gpu: bool) -> Llama
         config=config,  # type: ignore[arg-type]
         learning_rate=model["learning_rate"],
         warmup_steps=max(1, min(model["warmup_steps"], steps // 10)),
-        optimizer=functools.partial(torch.optim.AdamW, fused=on_gpu),
     )
 
 
