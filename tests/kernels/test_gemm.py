@@ -1,41 +1,21 @@
 """The portable GEMMs against the reference in Triton's interpreter: integer for integer, whatever the operands.
 
-Triton decides when it is imported whether kernels are interpreted, and a process that interprets would make `triton`
-the automatic backend on CPUs. So pytest runs this file again in a process of its own, which collects the other tests.
+They are collected by a process of its own: see `interpreter`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("LIGHTNING_INT8_TEST_INTERPRETED") == "gemm"
+from tests.kernels.interpreter import interpreting, run_interpreted
+
+INTERPRETED = interpreting(__file__)
 
 if not INTERPRETED:
 
     def test_in_the_interpreter():
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            str(Path(__file__)),
-        ]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "LIGHTNING_INT8_TEST_INTERPRETED": "gemm"}
-        for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "LIGHTNING_INT8_BACKEND"):
-            environment.pop(name, None)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-        print(done.stdout)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     from hypothesis import HealthCheck, given, settings

@@ -1,32 +1,21 @@
 """The Triton quantize kernels against the reference: integers, slots, scales and states bit for bit.
 
-Without a GPU they run in Triton's interpreter, in a process of its own: see `test_gemm`.
+Without a GPU they run in Triton's interpreter, in a process of its own: see `interpreter`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("LIGHTNING_INT8_TEST_INTERPRETED") == "quantize"
+from tests.kernels.interpreter import interpreting, run_interpreted
+
+INTERPRETED = interpreting(__file__)
 
 if not INTERPRETED and not torch.cuda.is_available():
 
     def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "LIGHTNING_INT8_TEST_INTERPRETED": "quantize"}
-        for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "LIGHTNING_INT8_BACKEND"):
-            environment.pop(name, None)
-        done = subprocess.run(
-            [*command, str(Path(__file__))], capture_output=True, text=True, env=environment, timeout=280
-        )
-        print(done.stdout)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     from hypothesis import HealthCheck, Phase, example, given, settings
