@@ -17,12 +17,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only,
 from torch import Tensor, nn
 
 from lightning_int8.convert import convert_to_int8
+from lightning_int8.linear import Int8Linear
 from lightning_int8.names import near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
 from lightning_int8.small_layers import MinFeatures, check_min_features
 from lightning_int8.threshold import FallbackState, fallback_states, update_thresholds
-from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes
+from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes, linears_to_keep
 
 OuterPrecision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -65,6 +66,7 @@ class Int8PluginCore:
         self.report: ConversionReport | None = None
         self._modules: list[nn.Module] = []
         self._stepped_states: list[FallbackState] | None = None
+        self._kept_linears: list[Int8Linear] | None = None
         self._outer: Any = None
         self._bound_to: tuple[str, bool] = ("", False)
         self._pending_thresholds: dict[str, Any] | None = None
@@ -87,7 +89,7 @@ class Int8PluginCore:
         device = None if trainer is None else trainer.strategy.root_device
         report = convert_to_int8(module, self.recipe, self.ignore_modules, device, self.min_features)
         self.report = report
-        self._stepped_states = None
+        self._stepped_states = self._kept_linears = None
         if all(module is not known for known in self._modules):
             self._modules.append(module)
         if report.newly_converted:
@@ -177,8 +179,9 @@ class Int8PluginCore:
 
     def _refresh_weights(self) -> None:
         if self._keeps_weights() and torch.is_grad_enabled() and not self._bound_to[1]:
-            for module in self._modules:
-                keep_weight_planes(module)
+            if self._kept_linears is None:
+                self._kept_linears = [linear for module in self._modules for linear in linears_to_keep(module)]
+            keep_weight_planes(self._kept_linears)
 
     # thresholds
 
@@ -191,8 +194,7 @@ class Int8PluginCore:
         """
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         result = step()
-        for module in self._modules if self._keeps_weights() else ():
-            drop_weight_planes(module)
+        drop_weight_planes(self._kept_linears or ())
         if self._stepped_states is None:
             # Walking a large model's modules after every step would cost more than moving its thresholds.
             self._stepped_states = list(self._states().values())

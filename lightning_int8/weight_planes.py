@@ -8,13 +8,17 @@ and drops them after the optimizer step, which may change weights in ways that P
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from lightning_int8.kernels import backends
 from lightning_int8.schemes import QuantizedWeight, scheme_of
+
+if TYPE_CHECKING:
+    from lightning_int8.linear import Int8Linear
 
 
 class KeptWeight(NamedTuple):
@@ -24,17 +28,33 @@ class KeptWeight(NamedTuple):
     source: tuple[int, int]
 
 
-@torch.no_grad()
-def keep_weight_planes(module: nn.Module) -> None:
-    """Quantizes the weights of ``module``'s INT8 linears whose planes are not kept yet or not those of the weight.
+def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
+    """The linears in ``module`` whose recipe needs one quantization of W, for its forward and dgrad alike.
 
-    Weights that are shards (FSDP, tensor parallelism) are left out, since whole ones come and go with each forward; so
-    are recipes that quantize W differently for the forward and the dgrad (``scaling="vector"``).
+    ``scaling="vector"`` quantizes W differently for each.
     """
     from lightning_int8.linear import Int8Linear
 
-    for linear in module.modules():
-        if not isinstance(linear, Int8Linear) or not _can_keep(linear):
+    return [
+        child
+        for child in module.modules()
+        if isinstance(child, Int8Linear)
+        and (child.int8_recipe.forward or child.int8_recipe.dgrad)
+        and scheme_of(child.int8_recipe).quantizes_weight_once
+    ]
+
+
+@torch.no_grad()
+def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
+    """Quantizes the weights whose planes are not kept yet, or are no longer those of the weight.
+
+    Weights that are shards (FSDP, tensor parallelism) are left out, since whole ones come and go with each forward.
+
+    Args:
+        module: The converted module, or its :func:`linears_to_keep`.
+    """
+    for linear in linears_to_keep(module) if isinstance(module, nn.Module) else module:
+        if not linear.training or not _is_whole(linear):
             continue
         weight = linear.weight
         source = weight.data_ptr(), weight._version
@@ -45,16 +65,17 @@ def keep_weight_planes(module: nn.Module) -> None:
             linear.int8_kept_weight = KeptWeight(planes, source)
 
 
-def drop_weight_planes(module: nn.Module) -> None:
-    """Forgets the planes of the weights that train; a frozen weight's stay good."""
-    from lightning_int8.linear import Int8Linear
+def drop_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
+    """Forgets the planes of the weights that train; a frozen weight's stay good.
 
-    for linear in module.modules():
-        if isinstance(linear, Int8Linear) and linear.weight.requires_grad:
+    Args:
+        module: As for :func:`keep_weight_planes`.
+    """
+    for linear in linears_to_keep(module) if isinstance(module, nn.Module) else module:
+        if linear.weight.requires_grad:
             linear.int8_kept_weight = None
 
 
-def _can_keep(linear: nn.Linear) -> bool:
-    weight, recipe = linear.weight, linear.int8_recipe
-    whole = not hasattr(weight, "device_mesh") and tuple(weight.shape) == (linear.out_features, linear.in_features)
-    return linear.training and whole and (recipe.forward or recipe.dgrad) and scheme_of(recipe).quantizes_weight_once
+def _is_whole(linear: Int8Linear) -> bool:
+    weight = linear.weight
+    return not hasattr(weight, "device_mesh") and tuple(weight.shape) == (linear.out_features, linear.in_features)
