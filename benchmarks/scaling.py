@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.train_step import MODELS
 from examples.llama import Llama, LlamaConfig
-from lightning_int8 import convert_to_int8, update_thresholds
+from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
 
 # Strategies, and torch.compile's mode for each layer under them. FSDP2 gathers weights wherever there is room, where a
 # CUDA graph would not find them.
@@ -62,6 +62,7 @@ def measure(
         model = Llama(config)
     if recipe is not None:
         convert_to_int8(model, recipe, ignore_modules=["lm_head"])
+    states = list(fallback_states(model).values())
     for layer in model.layers if mode else ():
         layer.compile(mode=mode)
     forward = wrap(model, strategy)
@@ -79,8 +80,7 @@ def measure(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if recipe is not None:
-            update_thresholds(model, group)
+        update_thresholds(states, group)
         synchronize(device)
         if step >= 3:
             times.append(1e3 * (time.perf_counter() - start))

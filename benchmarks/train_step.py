@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
+from lightning_int8.bench.timing import kernel_times
 from lightning_int8.threshold import RATE
 
 MODELS = {
@@ -52,7 +52,7 @@ def measure(
     with torch.device("cuda"):
         model = Llama(config)
     if recipe is not None:
-        convert_to_int8(model, recipe, ignore_modules=["lm_head"] if hasattr(model, "lm_head") else None)
+        convert_to_int8(model, recipe, ignore_modules=["lm_head"])
     states = list(fallback_states(model).values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model, mode=mode) if compiling == "whole" else model
@@ -98,20 +98,8 @@ def measure(
         "loss": loss.item(),
     }
     if profile:
-        result["kernels"] = kernel_times(step)
+        result["kernels"] = dict(list(kernel_times(step, ids.device).items())[:25])
     return result
-
-
-def kernel_times(step, runs: int = 2) -> dict[str, float]:
-    """Milliseconds of GPU time a step by kernel name, largest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(runs):
-            step()
-        torch.cuda.synchronize()
-    times: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        times[event.key[:90]] += event.self_device_time_total / 1e3 / runs
-    return dict(sorted(times.items(), key=lambda item: -item[1])[:25])
 
 
 def main() -> None:
@@ -153,7 +141,7 @@ def main() -> None:
     console.print(table)
     for r in results:
         for kernel, ms in r.get("kernels", {}).items():
-            console.print(f"{r['name']:>8} {ms:9.2f} ms  {kernel}", highlight=False)
+            console.print(f"{r['name']:>8} {ms:9.2f} ms  {kernel[:90]}", highlight=False)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         header = {

@@ -32,7 +32,7 @@ class StudyModule(LlamaModule):
     def __init__(
         self, objective: Objective = "next_token", seed: int = 0, compile_layers: bool = True, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(compile="default" if compile_layers else None, **kwargs)
         if objective not in get_args(Objective):
             raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}.")
         if (objective == "masked") == self.config.causal:
@@ -42,11 +42,7 @@ class StudyModule(LlamaModule):
             )
         self.objective = objective
         self.seed = seed
-        self.cross_entropy = _cross_entropy
-        if compile_layers:
-            self.cross_entropy = torch.compile(_cross_entropy)
-            for layer in self.model.layers:
-                layer.compile()
+        self.cross_entropy = torch.compile(_cross_entropy) if compile_layers else _cross_entropy
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one batch ``[batch, length + 1]``."""
