@@ -19,6 +19,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         # One thread a worker: workers that each take every core slow each other down.
         torch.set_num_threads(1)
+        _spread_over_gpus(int(config.workerinput["workerid"].removeprefix("gw")))
+
+
+def _spread_over_gpus(worker: int) -> None:
+    """Gives each worker another of the machine's GPUs as its first; all stay visible to it."""
+    count = torch.cuda.device_count()  # asks NVML, so CUDA has not read the variable yet
+    if count > 1:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",")[:count] if named else [str(i) for i in range(count)]
+        first = worker % count
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
