@@ -1,14 +1,16 @@
 """One of two processes: resumes every strategy's checkpoints in every other strategy, for `test_checkpoints.py`.
 
-Started with torchrun's environment variables: `python -m tests.checkpoint_worker FOLDER DEVICE`, where FOLDER holds
-`single`, a checkpoint of one device after its first phase. A phase is three steps on data of its own. DEVICE is
-`cpu` (gloo) or `gpu` (NCCL).
+Started with torchrun's environment variables: `python -m tests.checkpoint_worker FOLDER DEVICE KIND...`. FOLDER's parent
+holds `single`, a checkpoint of one device after its first phase, and takes the checkpoints; FOLDER takes the results. A
+phase is three steps on data of its own. DEVICE is `cpu` (gloo) or `gpu` (NCCL), KIND (`ddp`, `fsdp1`, `fsdp2`) is the
+strategy whose checkpoints are written and resumed.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +145,33 @@ def without_offload() -> None:
 
 
 def main() -> None:
-    folder, device = Path(sys.argv[1]), sys.argv[2]
+    out, device, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
     if device == "cpu":
         without_offload()
     results: dict[str, Any] = {}
-    for name in STRATEGIES:
-        results[f"single > {name}"] = run(folder, device, name, 1, folder / "single", save=folder / name)
-    if dist.get_rank() == 0:
-        for kind in ("fsdp1", "fsdp2"):
-            consolidate_checkpoint(folder / f"{kind}-sharded", folder / f"{kind}-consolidated")
+    for kind in kinds:
+        results |= every_run(out.parent, device, kind)
+    torch.save(results, out / f"rank{dist.get_rank()}.pt")
     dist.barrier()
-    for source, targets in PAIRS.items():
-        for target in targets:
+    dist.destroy_process_group()
+
+
+def every_run(folder: Path, device: str, kind: str) -> dict[str, Any]:
+    def of_kind(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name.partition("-")[0] == kind]
+
+    results: dict[str, Any] = {}
+    for name in of_kind(STRATEGIES):
+        results[f"single > {name}"] = run(folder, device, name, 1, folder / "single", save=folder / name)
+    if kind != "ddp" and dist.get_rank() == 0:
+        consolidate_checkpoint(folder / f"{kind}-sharded", folder / f"{kind}-consolidated")
+    dist.barrier()
+    for source in of_kind(PAIRS):
+        for target in PAIRS[source]:
             results[f"{source} > {target}"] = run(folder, device, target, 2, folder / source)
     # A run that takes up INT8, and one that leaves it.
-    for name in PLAIN:
+    for name in of_kind(PLAIN):
         saved = folder / f"plain-{name}"
         results[f"single > plain {name}"] = run(folder, device, name, 1, folder / "single", int8=False, save=saved)
         results[f"plain {name} > {name}"] = run(folder, device, name, 2, saved)
@@ -168,13 +181,11 @@ def main() -> None:
 
         # It compiles its step, for half a minute.
         torch.compile = functools.partial(torch.compile, backend="eager")
-        for name in EIGHT_BITS:
+        for name in of_kind(EIGHT_BITS):
             saved = folder / f"8-bit {name}"
             results[f"{name}, 8-bit"] = run(folder, device, name, 0, None, save=saved, optimizer=AdamW8bit)
             results[f"{name}, 8-bit, resumed"] = run(folder, device, name, 1, saved, optimizer=AdamW8bit)
-    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":

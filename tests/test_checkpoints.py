@@ -14,7 +14,7 @@ import torch
 from lightning_int8 import consolidate_checkpoint
 from tests.checkpoint_worker import ANY, CLIP, EIGHT_BITS, PAIRS, PLAIN, STEPS, STRATEGIES, run
 from tests.tiny import assert_same
-from tests.two_processes import DEVICES, launch, logs
+from tests.two_processes import DEVICES, results
 
 RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
 
@@ -37,16 +37,13 @@ def one_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def ranks(one_device: dict[str, Any]) -> list[dict[str, Any]]:
-    folder, device = one_device["folder"], one_device["device"]
-    if any(launch("tests.checkpoint_worker", folder, device, gpus=device == "gpu")):
-        pytest.fail(logs(folder))
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return results("tests.checkpoint_worker", one_device["folder"], one_device["device"], [[kind] for kind in ANY])
 
 
 def assert_follows(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any], rel: float) -> None:
-    for rank, results in enumerate(ranks):
-        assert results[name]["losses"] == pytest.approx(expected["losses"][rank::2], rel=rel)
-        assert results[name]["norms"] == pytest.approx(expected["norms"], rel=10 * rel)
+    for rank, result in enumerate(ranks):
+        assert result[name]["losses"] == pytest.approx(expected["losses"][rank::2], rel=rel)
+        assert result[name]["norms"] == pytest.approx(expected["norms"], rel=10 * rel)
 
 
 @pytest.mark.parametrize("name", RESUMED)

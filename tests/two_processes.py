@@ -1,4 +1,4 @@
-"""Starts a module as two processes with torchrun's environment variables, and waits for both."""
+"""Starts a module as two (or more) processes with torchrun's environment variables, and waits for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +29,10 @@ DEVICES = (
 )
 
 
-def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0, gpus: bool = False) -> list[int]:
-    """Runs ``python -m module folder arguments`` twice, as ranks 0 and 1, on this machine's CPU or ``gpus``.
+def launch(
+    module: str, folder: Path, *arguments: str, timeout: float = 200.0, gpus: bool = False, processes: int = 2
+) -> list[int]:
+    """Runs ``python -m module folder arguments`` as ranks 0, 1 and so on, on this machine's CPU or ``gpus``.
 
     Returns:
         The exit codes; output is in ``folder/rank0.log`` and ``folder/rank1.log``.
@@ -39,13 +43,14 @@ def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0, g
         port = probe.getsockname()[1]
     shared = {
         **os.environ,
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
         **{"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         **{"GLOO_SOCKET_IFNAME": "lo"},
         **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
     workers = []
-    for rank in range(2):
+    for rank in range(processes):
         with open(folder / f"rank{rank}.log", "w") as log:
             workers.append(
                 subprocess.Popen(
@@ -67,6 +72,29 @@ def launch(module: str, folder: Path, *arguments: str, timeout: float = 200.0, g
     return [worker.wait() for worker in workers]
 
 
+def results(module: str, folder: Path, device: str, parts: list[list[str]], **options: Any) -> list[dict[str, Any]]:
+    """What each rank of ``module`` saved in ``rank<N>.pt``, started once for each of ``parts``.
+
+    On GPUs, whose machines have many cores, all parts at the same time; on a CPU one worker does all of them in turn.
+    """
+    if device == "cpu":
+        parts = [[name for part in parts for name in part]]
+    folders = [folder / "-".join(part) for part in parts]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        running = [
+            pool.submit(launch, module, here, device, *part, gpus=device == "gpu", **options)
+            for here, part in zip(folders, parts, strict=True)
+        ]
+    failed = [here for here, codes in zip(folders, running, strict=True) if any(codes.result())]
+    if failed:
+        pytest.fail("\n".join(map(logs, failed)))
+    ranks: list[dict[str, Any]] = []
+    for rank in range(options.get("processes", 2)):
+        files = [torch.load(here / f"rank{rank}.pt", weights_only=True) for here in folders]
+        ranks.append({name: result for file in files for name, result in file.items()})
+    return ranks
+
+
 def logs(folder: Path) -> str:
-    """The end of both logs, for a failure's message."""
-    return "\n".join(f"rank {rank}:\n" + (folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    """The ends of all logs, for a failure's message."""
+    return "\n".join(f"{log.stem}:\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("rank*.log")))
