@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torchmetrics.text import Perplexity
 
 from examples.llama import Llama, LlamaConfig
+
+CompileMode = Literal["default", "reduce-overhead"]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -36,6 +41,38 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float) 
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def parallelize(model: Llama, mesh: DeviceMesh) -> None:
+    """Splits a decoder over ``mesh``, in place; a second call changes nothing.
+
+    Args:
+        model: The decoder.
+        mesh: With the dimensions ``"tensor_parallel"``, over which heads and feed-forward channels are split, and
+            ``"data_parallel"``, over which each layer and what is left are sharded (FSDP2).
+
+    Raises:
+        ValueError: ``tensor_parallel`` does not divide the heads or the feed-forward channels.
+    """
+    ranks, config = mesh["tensor_parallel"].size(), model.config
+    if isinstance(model, FSDPModule) or isinstance(model.layers[0].attention.q_proj.weight, DTensor):
+        return
+    if ranks > 1:
+        for name in ("n_kv_heads", "ffn_dim"):
+            if getattr(config, name) % ranks:
+                raise ValueError(
+                    f"tensor_parallel_size={ranks} must divide LlamaConfig.{name}={getattr(config, name)}, which is "
+                    "split over its ranks."
+                )
+        columns = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        for layer in model.layers:
+            names = {name for name, _ in layer.named_modules()}
+            plan: dict[str, Any] = {name: ColwiseParallel() for name in columns if name in names}
+            plan |= {name: RowwiseParallel() for name in ("attention.o_proj", "mlp.down_proj")}
+            parallelize_module(layer, mesh["tensor_parallel"], plan)
+    if ranks == 1 or mesh["data_parallel"].size() > 1:
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh["data_parallel"])
 
 
 class LlamaModule(L.LightningModule):
@@ -63,7 +100,7 @@ class LlamaModule(L.LightningModule):
         warmup_steps: int = 20,
         min_learning_rate_fraction: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        compile: Literal["default", "reduce-overhead"] | None = None,
+        compile: CompileMode | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, Mapping):
@@ -99,11 +136,9 @@ class LlamaModule(L.LightningModule):
         return self.config.vocab_size
 
     def configure_model(self) -> None:
-        """Under ``ModelParallelStrategy`` (FSDP2): shards each decoder layer, and what is left."""
-        if self.device_mesh is None or isinstance(self.model, FSDPModule):
-            return
-        for module in (*self.model.layers, self.model):
-            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+        """Under ``ModelParallelStrategy``: splits the decoder over its mesh, see :func:`parallelize`."""
+        if self.device_mesh is not None:
+            parallelize(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
         """Refuses what PyTorch computes wrongly.

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import random
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from examples.llama import LlamaConfig
-from examples.study import corpus, train
+from examples.study import corpus
 from examples.study.__main__ import main
 from examples.study.module import StudyModule
 from examples.study.plan import PLANS, Run, in_order, load
+from examples.study.queue import Job, _take
+from examples.study.train import OutOfTimeError, train
 
 SMALL = {"vocab_size": 301, "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "max_seq_len": 32}
 SHARED = {
@@ -25,29 +27,37 @@ SHARED = {
     "val_batches": 2,
     "accelerator": "cpu",
     "data": {"sequence_length": 32, "batch_size": 4, "vocab_size": 300, "val_fraction": 0.2, "max_bytes": 30_000},
-    "model": {"learning_rate": 1e-3, "warmup_steps": 2, "config": SMALL},
+    "model": {"learning_rate": 1e-3, "warmup_steps": 2, "compile": None, "config": SMALL},
 }
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """Runs the study with some runs' YAMLs and returns its results by name."""
+def shared(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the runs share, on a text made here."""
     choose = random.Random(0)
     texts = {f"{i}.py": " ".join(choose.choices("abcdefghij", k=2000)) for i in range(8)}
     monkeypatch.setattr(corpus, "collect", lambda name, most: {f"{name}/{k}": v[:most] for k, v in texts.items()})
-    shared = {**SHARED, "data": {**SHARED["data"], "cache_dir": str(tmp_path / "cache")}}
+    return {**SHARED, "data": {**SHARED["data"], "cache_dir": str(tmp_path / "cache")}}
+
+
+@pytest.fixture
+def study(tmp_path, shared):
+    """Runs the study with some runs' YAMLs, two at a time, and returns the folder of its results."""
     (tmp_path / "shared.yaml").write_text(yaml.safe_dump(shared))
     plans = tmp_path / "plans"
     plans.mkdir()
 
-    def run(output: str, **runs: dict) -> dict[str, dict]:
+    def run(**runs: dict) -> Path:
         for name, fields in runs.items():
             (plans / f"{name}.yaml").write_text(yaml.safe_dump(fields))
-        arguments = ["--shared", tmp_path / "shared.yaml", "--plans", plans, "--output", tmp_path / output]
-        folder = main([str(argument) for argument in [*arguments, "--runs", *runs]])
-        return {name: json.loads((folder / name / "result.json").read_text()) for name in runs} | {"folder": folder}
+        arguments = ["--shared", tmp_path / "shared.yaml", "--plans", plans, "--output", tmp_path / "out"]
+        return main([str(argument) for argument in [*arguments, "--devices", 2, "--runs", *runs]])[0]
 
     return run
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
 
 
 @pytest.mark.parametrize(
@@ -55,38 +65,38 @@ def study(tmp_path, monkeypatch):
     [{"int8": {"preset": "row", "block_size": 16}}, {"objective": "masked", "model": {"causal": False}}],
     ids=["row", "masked"],
 )
-def test_a_run_that_was_cut_off_ends_as_one_that_was_not(study, fields, monkeypatch):
-    whole = study("whole", one=fields)["one"]
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", timedelta(0))
-    step = StudyModule.training_step
-
-    def cut_off(module, batch, batch_idx):
-        if module.global_step == 7:
-            raise RuntimeError("the machine went away")
-        return step(module, batch, batch_idx)
-
-    monkeypatch.setattr(StudyModule, "training_step", cut_off)
-    with pytest.raises(FileNotFoundError, match=r"result\.json"):
-        study("resumed", one=fields)
-    monkeypatch.setattr(StudyModule, "training_step", step)
-    resumed = study("resumed", one=fields)["one"]
+def test_a_run_that_was_stopped_after_every_step_ends_as_one_that_was_not(shared, tmp_path, fields):
+    run = Run("one", **fields)
+    whole = train(run, shared, tmp_path / "whole", None)
+    for step in range(1, whole["steps"]):
+        with pytest.raises(OutOfTimeError, match=f"stopped after {step} of 12 steps"):
+            train(run, shared, tmp_path / "stopped", None, stop_at=0.0)
+    stopped = train(run, shared, tmp_path / "stopped", None, stop_at=0.0)
     assert len(whole["curve"]["train_loss"]) == 12
-    assert resumed["curve"] == whole["curve"]
-    assert resumed["val_loss"] == whole["val_loss"]
+    assert stopped["curve"] == whole["curve"]
+    assert stopped["val_loss"] == whole["val_loss"]
+    assert not (tmp_path / "stopped" / "last.ckpt").exists()
 
 
-def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(study, monkeypatch):
+def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(study, capsys):
     small_blocks = {"preset": "row", "block_size": 16}
     runs = {
+        # Fails, and must cost the others nothing.
+        "broken": {"model": {"dim": 31}},
+        # Waits for the weights of the next one, which comes before it.
+        "tuned-row": {"corpus": "headers", "init_from": "base", "int8": small_blocks, "share": 0.5},
         "base": {"keep_weights": True},
         "other-seed": {"seed": 1},
         "row": {"int8": small_blocks},
         "gelu": {"model": {"ffn": "gelu"}},
         "gelu-row": {"model": {"ffn": "gelu"}, "int8": small_blocks},
-        "tuned-row": {"corpus": "headers", "init_from": "base", "int8": small_blocks, "share": 0.5},
     }
-    results = study("out", **runs)
-    folder = results["folder"]
+    folder = study(**runs)
+    results = _results(folder)
+    assert set(results) == set(runs) - {"broken"}
+    said = capsys.readouterr().out
+    assert "LlamaConfig.dim=31" in said
+    assert "6 of 7 runs are done; not: broken@1536" in said
     assert results["tuned-row"]["steps"] == 6
     assert results["tuned-row"]["curve"]["train_loss"]["1"] < results["base"]["curve"]["train_loss"]["1"] - 0.2
     assert results["base"]["extra_mmas"] is None
@@ -108,22 +118,47 @@ def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(stu
     with open(folder / "fallback_rate.csv", newline="") as lines:
         assert {row["run"] for row in csv.DictReader(lines)} == {"row", "gelu-row", "tuned-row"}
 
-    def refuse(*_):
-        raise AssertionError("a finished run trains again")
-
-    monkeypatch.setattr(StudyModule, "training_step", refuse)
-    assert study("out", **runs)["row"] == results["row"]
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
+    study(**{name: fields for name, fields in runs.items() if name != "broken"})
+    assert written == {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
 
 
 def test_a_changed_run_does_not_mix_with_earlier_results(study, capsys):
-    study("out", one={"seed": 0})
-    study("out", one={"seed": 1})
+    folder = study(one={"seed": 0})
+    (folder / "one" / "result.json").unlink()
+    study(one={"seed": 1})
     assert "another configuration" in capsys.readouterr().out
+
+
+def test_the_order_of_the_runs(tmp_path):
+    def job(name: str, tokens: int, init_from: str | None = None, done: float | None = None) -> Job:
+        made = Job(name, tmp_path, {}, tmp_path, init_from, tokens)
+        made.folder.mkdir()
+        if done is not None:
+            (made.folder / "stopped").write_text(str(done))
+        return made
+
+    finished = job("finished", 1000)
+    (finished.folder / "result.json").write_text('{"tokens_per_second": 100}')
+    jobs = [finished, job("tuned", 1, "long"), job("long", 30000), job("short", 1000), job("begun", 30000, done=0.95)]
+    waiting = jobs[1:]
+    # In 60 seconds, of which 40 are no training, the short one and the rest of the one begun would end.
+    names, locks = [], []
+    while taken := _take(waiting, jobs, 60.0):
+        names.append(taken[0].name)
+        locks.append(taken[1])
+    assert names == ["short", "begun", "long"]
+    assert [waiter.name for waiter in waiting] == ["tuned"]
+    # What another command works on is left to it.
+    assert _take([jobs[2]], jobs, 1e9) is None
+    locks[-1].close()
+    (jobs[2].folder / "weights.pt").touch()
+    assert _take([jobs[1], jobs[2]], jobs, 1e9)[0].name == "tuned"
 
 
 def test_masked_loss_is_of_the_masked_tokens_only():
     torch.manual_seed(0)
-    module = StudyModule(objective="masked", compile_layers=False, config=LlamaConfig(**{**SMALL, "causal": False}))
+    module = StudyModule(objective="masked", config=LlamaConfig(**{**SMALL, "causal": False}))
     seen: list[torch.Tensor] = []
     module.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = torch.randint(300, (64, 33))
@@ -152,8 +187,8 @@ def test_every_yaml_of_the_study_is_a_run():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"int8": "row", "float8": "rowwise"}, "exclude each other"),
-        ({"float8": "columns"}, "must be one of"),
+        ({"int8": "row", "peer": "fp8-rowwise"}, "exclude each other"),
+        ({"peer": "fp8-columns"}, "must be one of"),
         ({"share": 0}, "above 0"),
     ],
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from examples.data import TextDataModule
 from examples.text import TokenCache
@@ -45,11 +46,11 @@ def collect(corpus: Corpus, max_bytes: int) -> dict[str, str]:
     texts: dict[str, str] = {}
     seen: set[bytes] = set()
     taken = 0
-    for name, file in sorted(_files(corpus), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+    found = sorted(_files(corpus), key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    for name, content in _read(found):
         try:
-            content = file.read_bytes()
             text = content.decode()
-        except (OSError, UnicodeDecodeError):
+        except UnicodeDecodeError:
             continue
         digest = hashlib.sha256(content).digest()
         if digest in seen or not text.strip() or len(text) > MAX_FILE_CHARS:
@@ -65,6 +66,21 @@ def collect(corpus: Corpus, max_bytes: int) -> dict[str, str]:
             f"{sysconfig.get_paths()['purelib']}: install PyTorch there, or choose another corpus."
         )
     return texts
+
+
+def _read(files: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of what can be read, side by side: a file that no one has read yet waits for the disk."""
+
+    def content(file: Path) -> bytes:
+        try:
+            return file.read_bytes()
+        except OSError:
+            return b""
+
+    with ThreadPoolExecutor(32) as pool:
+        for start in range(0, len(files), 1024):
+            part = files[start : start + 1024]
+            yield from zip((name for name, _ in part), pool.map(content, (file for _, file in part)), strict=True)
 
 
 class StudyData(TextDataModule):
@@ -83,19 +99,41 @@ class StudyData(TextDataModule):
         self.corpus = corpus
         self.max_bytes = max_bytes
 
+    def _key(self) -> tuple[object, ...]:
+        return (self.corpus, self.max_bytes, self.vocab_size, self.val_fraction, self.cache_dir)
+
     def _build(self) -> TokenCache:
-        # Opened once a process: hashing the whole text for each of the study's runs would take longer than some runs.
-        key = (self.corpus, self.max_bytes, self.vocab_size, self.val_fraction, self.cache_dir)
+        key = self._key()
         if key not in _OPENED:
             tokenizer = None
             if self.corpus != "python":
-                tokenizer = StudyData("python", self.max_bytes, **self._options())._build().tokenizer
+                options = {
+                    "vocab_size": self.vocab_size,
+                    "val_fraction": self.val_fraction,
+                    "cache_dir": self.cache_dir,
+                }
+                tokenizer = StudyData("python", self.max_bytes, **options)._build().tokenizer
             texts = collect(self.corpus, self.max_bytes)
             _OPENED[key] = TokenCache.build(texts, self.vocab_size, self.val_fraction, self.cache_dir, tokenizer)
         return _OPENED[key]
 
-    def _options(self) -> dict[str, object]:
-        return {"vocab_size": self.vocab_size, "val_fraction": self.val_fraction, "cache_dir": self.cache_dir}
 
-
+# Hashing the whole text for each of the study's runs would take longer than some runs.
 _OPENED: dict[tuple[object, ...], TokenCache] = {}
+
+
+def prepare(corpora: Iterable[Corpus], data: Mapping[str, Any]) -> dict[str, str]:
+    """Tokenizes the corpora, or finds the tokens of an earlier call; their folders by corpus.
+
+    Args:
+        corpora: Which.
+        data: Arguments of :class:`StudyData`.
+    """
+    return {corpus: str(StudyData(corpus, **data)._build().path) for corpus in sorted(set(corpora), reverse=True)}
+
+
+def open_caches(caches: Mapping[str, str], data: Mapping[str, Any]) -> None:
+    """Lets every :class:`StudyData` with the arguments ``data`` in this process use what :func:`prepare` returned."""
+    for corpus, folder in caches.items():
+        with_them = StudyData(corpus, **data)  # type: ignore[arg-type]
+        _OPENED[with_them._key()] = TokenCache(Path(folder))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.model import LlamaModule
+from examples.model import CompileMode, LlamaModule
 
 Objective = Literal["next_token", "masked"]
 # The least share of tokens that a sequence has masked: its loss is divided by the share.
@@ -25,14 +25,14 @@ class StudyModule(LlamaModule):
     Args:
         objective: ``"next_token"`` or ``"masked"``; the latter needs a decoder with ``causal=False``.
         seed: Decides, with the step, what is masked.
-        compile_layers: Whether to compile the decoder layers (one program for all) and the loss.
+        compile: `torch.compile`'s mode for the decoder layers (one program for all); ``None``: eager, the loss too.
         kwargs: See :class:`examples.model.LlamaModule`.
     """
 
     def __init__(
-        self, objective: Objective = "next_token", seed: int = 0, compile_layers: bool = True, **kwargs: Any
+        self, objective: Objective = "next_token", seed: int = 0, compile: CompileMode | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(compile="default" if compile_layers else None, **kwargs)
+        super().__init__(compile=compile, **kwargs)
         if objective not in get_args(Objective):
             raise ValueError(f"objective={objective!r} must be one of {', '.join(map(repr, get_args(Objective)))}.")
         if (objective == "masked") == self.config.causal:
@@ -42,10 +42,12 @@ class StudyModule(LlamaModule):
             )
         self.objective = objective
         self.seed = seed
-        self.cross_entropy = torch.compile(_cross_entropy) if compile_layers else _cross_entropy
+        self.cross_entropy = torch.compile(_cross_entropy) if compile else _cross_entropy
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one batch ``[batch, length + 1]``."""
+        if self.replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         return self.loss(batch, self.global_step)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

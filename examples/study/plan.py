@@ -7,27 +7,27 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
 from examples.study.corpus import Corpus
 from examples.study.module import Objective
+from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 
-Float8 = Literal["rowwise", "tensorwise"]
 PLANS = Path(__file__).parent / "plans"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Without ``int8`` and ``float8`` it is BF16.
+    """One training run. Without ``int8`` and ``peer`` it is BF16.
 
     Args:
         name: Its YAML's name.
         seed: Of weights, batches and masks.
         int8: Recipe of the INT8 plugin: a preset's name or a mapping of fields.
-        float8: torchao's float8 training with this scaling.
+        peer: One of torchao's ways to train, see :mod:`lightning_int8.bench.precisions`.
         model: Fields of :class:`examples.llama.LlamaConfig` that differ from the study's.
         objective: See :class:`examples.study.module.StudyModule`.
         corpus: See :mod:`examples.study.corpus`.
@@ -42,7 +42,7 @@ class Run:
     name: str
     seed: int = 0
     int8: str | dict[str, Any] | None = None
-    float8: Float8 | None = None
+    peer: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     objective: Objective = "next_token"
     corpus: Corpus = "python"
@@ -51,14 +51,17 @@ class Run:
     keep_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.int8 is not None and self.float8 is not None:
-            raise ValueError(f"{self.name}: int8={self.int8!r} and float8={self.float8!r} exclude each other.")
-        if self.float8 is not None and self.float8 not in get_args(Float8):
-            raise ValueError(
-                f"{self.name}: float8={self.float8!r} must be one of {', '.join(map(repr, get_args(Float8)))}."
-            )
+        if self.int8 is not None and self.peer is not None:
+            raise ValueError(f"{self.name}: int8={self.int8!r} and peer={self.peer!r} exclude each other.")
+        if self.peer is not None and self.peer not in TORCHAO:
+            raise ValueError(f"{self.name}: peer={self.peer!r} must be one of {', '.join(map(repr, TORCHAO))}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"{self.name}: share={self.share!r} must be above 0 and at most 1.")
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether it is BF16 throughout."""
+        return self.int8 is None and self.peer is None
 
     @property
     def recipe(self) -> Int8Recipe | None:

@@ -58,7 +58,7 @@ def _group(run: Run) -> tuple[str, ...]:
 def _baseline(finished: Finished, run: Run) -> float | None:
     """Held-out loss of the BF16 run that differs from ``run`` in its precision alone; ``None`` without another such."""
     for other, result in finished:
-        if other.int8 is None and other.float8 is None and (_group(other), other.seed) == (_group(run), run.seed):
+        if other.full_precision and (_group(other), other.seed) == (_group(run), run.seed):
             return None if other is run else result["val_loss"]
     return None
 
@@ -90,11 +90,7 @@ def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
 
 def _seed_deviation(finished: Finished) -> float | None:
     """Standard deviation of the BF16 runs' held-out losses over seeds; ``None`` for fewer than two."""
-    losses = [
-        result["val_loss"]
-        for run, result in finished
-        if run.int8 is None and run.float8 is None and _group(run) == _group(SEEDS)
-    ]
+    losses = [result["val_loss"] for run, result in finished if run.full_precision and _group(run) == _group(SEEDS)]
     return statistics.stdev(losses) if len(losses) > 1 else None
 
 
@@ -127,7 +123,7 @@ def _draw(file: Path, finished: Finished) -> None:
     panels = figure.subplots(2, len(groups), squeeze=False, height_ratios=[3, 2])
     for column, members in enumerate(groups.values()):
         upper, lower = panels[:, column]
-        seed, base = next(((run.seed, r) for run, r in members if run.int8 is None and run.float8 is None), (0, None))
+        seed, base = next(((run.seed, r) for run, r in members if run.full_precision), (0, None))
         for run, result in members:
             tokens_a_step = result["tokens"] / result["steps"]
             held_out = {int(step): loss for step, loss in result["curve"]["val_loss"].items()}

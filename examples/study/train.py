@@ -17,8 +17,9 @@ from examples.model import LlamaModule
 from examples.recorder import Recorder
 from examples.study.corpus import StudyData
 from examples.study.module import StudyModule
-from examples.study.plan import Float8, Run
+from examples.study.plan import Run
 from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor, Int8Linear
+from lightning_int8.bench.precisions import precisions
 from lightning_int8.checkpoint import VerifiedCheckpointIO
 from lightning_int8.plugin_core import OuterPrecision
 
@@ -27,7 +28,50 @@ IGNORED = ["lm_head"]
 CHECKPOINT_EVERY = timedelta(minutes=10)
 
 
-def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) -> dict[str, Any]:
+class OutOfTimeError(RuntimeError):
+    """A run has reached its time limit, and has saved a checkpoint.
+
+    Args:
+        step: The step it holds.
+        steps: How many the run has.
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"stopped after {step} of {steps} steps")
+        self.share_done = step / steps
+
+
+class StopAt(Callback):
+    """Saves a checkpoint and ends the run when its time is over.
+
+    Args:
+        when: The end by `time.time()`.
+        file: The checkpoint.
+    """
+
+    def __init__(self, when: float, file: Path) -> None:
+        self.when = when
+        self.file = file
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A run that stopped before the evaluation of its last step would go on without it.
+        if trainer.global_step % int(trainer.val_check_interval):
+            self._stop_when_over(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._stop_when_over(trainer)
+
+    def _stop_when_over(self, trainer: L.Trainer) -> None:
+        if time.time() >= self.when and trainer.global_step < trainer.max_steps:
+            trainer.save_checkpoint(self.file)
+            raise OutOfTimeError(trainer.global_step, trainer.max_steps)
+
+
+def train(
+    run: Run, shared: dict[str, Any], folder: Path, weights: Path | None, stop_at: float = math.inf
+) -> dict[str, Any]:
     """Trains ``run`` in ``folder``, or returns the result that lies there already.
 
     Args:
@@ -35,11 +79,13 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
         shared: What all runs share: the study's YAML with the command line's changes.
         folder: For the checkpoint and the results; made if missing.
         weights: ``weights.pt`` of the run it starts from.
+        stop_at: `time.time()` at which it stops.
 
     Returns:
         What ``result.json`` holds.
 
     Raises:
+        OutOfTimeError: It has stopped; another call goes on where it was.
         ValueError: ``folder`` holds results of another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +103,8 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
     module = _module(run, shared, steps, on_gpu)
     if weights is not None:
         module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    if run.float8 is not None:
-        _convert_to_float8(module, run.float8)
+    if run.peer is not None:
+        precisions([], [run.peer])[-1].convert(module, IGNORED)
     recorder = Recorder()
     evaluate_every = max(1, math.ceil(steps / shared["evaluations"]))
     callbacks: list[Callback] = [
@@ -78,6 +124,9 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
         if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
             monitor = FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder))
             callbacks.append(monitor)
+    checkpoint = folder / "last.ckpt"
+    # Last, so that its checkpoint holds what the others did in the same step.
+    callbacks.append(StopAt(stop_at, checkpoint))
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=1,
@@ -94,7 +143,6 @@ def train(run: Run, shared: dict[str, Any], folder: Path, weights: Path | None) 
         enable_model_summary=False,
         **options,
     )
-    checkpoint = folder / "last.ckpt"
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     if steps not in recorder.curve.val_loss:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -161,25 +209,8 @@ def _module(run: Run, shared: dict[str, Any], steps: int, on_gpu: bool) -> Llama
     return StudyModule(
         objective=run.objective,
         seed=run.seed,
-        compile_layers=on_gpu,
+        compile=model["compile"] if on_gpu else None,
         config=config,  # type: ignore[arg-type]
         learning_rate=model["learning_rate"],
         warmup_steps=max(1, min(model["warmup_steps"], steps // 10)),
-    )
-
-
-def _convert_to_float8(module: L.LightningModule, scaling: Float8) -> None:
-    """Makes torchao's float8 linears of all but the head.
-
-    Raises:
-        RuntimeError: torchao is not installed.
-    """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ModuleNotFoundError:
-        raise RuntimeError(f"float8={scaling!r} needs torchao: pip install torchao.") from None
-    convert_to_float8_training(
-        module,
-        config=Float8LinearConfig.from_recipe_name(scaling),
-        module_filter_fn=lambda _, name: not any(ignored in name.split(".") for ignored in IGNORED),
     )
