@@ -209,5 +209,5 @@ def test_the_text_of_this_machine():
     texts = corpus.collect("python", 300_000)
     assert 300_000 <= sum(len(text.encode()) for text in texts.values()) < 300_000 + 4 * corpus.MAX_FILE_CHARS
     assert len(set(texts.values())) == len(texts)
-    assert {Path(name).suffix for name in texts} <= {".py", ".pyi", ".md", ".rst"}
+    assert {Path(name).suffix for name in texts} <= set(corpus.SUFFIXES["python"])
     assert any("#include" in text for text in corpus.collect("headers", 300_000).values())

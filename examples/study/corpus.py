@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,10 @@ from examples.text import TokenCache
 Corpus = Literal["python", "headers"]
 
 # Sources and documentation of the running Python's standard library and of everything installed beside it; and, as a
-# different text to fine-tune on, the C++ headers that PyTorch comes with.
-PATTERNS: dict[str, tuple[str, ...]] = {
-    "python": ("*.py", "*.pyi", "*.md", "*.rst"),
-    "headers": ("torch/include/**/*.h", "torch/include/**/*.cuh"),
+# different text to fine-tune on, the C++ and CUDA headers that packages such as PyTorch come with.
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "python": (".py", ".pyi", ".pyx", ".md", ".rst"),
+    "headers": (".h", ".hpp", ".cuh", ".inl"),
 }
 # Longer files are tables and generated code.
 MAX_FILE_CHARS = 200_000
@@ -26,15 +27,14 @@ MAX_FILE_CHARS = 200_000
 
 def _files(corpus: Corpus) -> Iterator[tuple[str, Path]]:
     paths = sysconfig.get_paths()
-    roots = [Path(paths["purelib"])] if corpus == "headers" else [Path(paths["stdlib"]), Path(paths["purelib"])]
-    for root in roots:
-        for pattern in PATTERNS[corpus]:
-            for file in root.rglob(pattern):
-                inside = file.relative_to(root).parts
-                # The standard library's folder holds that of the packages.
-                if "site-packages" in inside or "dist-packages" in inside or "__pycache__" in inside:
-                    continue
-                yield f"{root.name}/{file.relative_to(root).as_posix()}", file
+    for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
+        for folder, inner, names in os.walk(root):
+            # The standard library's folder holds that of the packages.
+            inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages", "__pycache__")]
+            for name in names:
+                if name.endswith(SUFFIXES[corpus]):
+                    file = Path(folder, name)
+                    yield f"{root.name}/{file.relative_to(root).as_posix()}", file
 
 
 def collect(corpus: Corpus, max_bytes: int) -> dict[str, str]:
@@ -62,7 +62,7 @@ def collect(corpus: Corpus, max_bytes: int) -> dict[str, str]:
             break
     if not texts:
         raise ValueError(
-            f"No text for the corpus {corpus!r} ({', '.join(PATTERNS[corpus])}) below "
+            f"No text for the corpus {corpus!r} ({', '.join(SUFFIXES[corpus])}) below "
             f"{sysconfig.get_paths()['purelib']}: install PyTorch there, or choose another corpus."
         )
     return texts
@@ -94,8 +94,8 @@ class StudyData(TextDataModule):
 
     def __init__(self, corpus: Corpus, max_bytes: int, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        if corpus not in PATTERNS:
-            raise ValueError(f"corpus={corpus!r} must be one of {', '.join(map(repr, PATTERNS))}.")
+        if corpus not in SUFFIXES:
+            raise ValueError(f"corpus={corpus!r} must be one of {', '.join(map(repr, SUFFIXES))}.")
         self.corpus = corpus
         self.max_bytes = max_bytes
 

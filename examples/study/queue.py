@@ -114,17 +114,17 @@ def work_off(
             for sentinel in [*ended, *(running if left <= 0 else ())]:
                 if sentinel not in running:
                     continue
-                job, process, device, lock = running.pop(sentinel)
-                hung = process.is_alive() and left <= 0
+                job, ending, device, lock = running.pop(sentinel)
+                hung = ending.is_alive() and left <= 0
                 if hung:
-                    process.kill()
-                process.join()
+                    ending.kill()
+                ending.join()
                 lock.close()
                 free.append(device)
-                report(job, "ended: it did not stop at the time limit" if hung else _outcome(job, process.exitcode))
+                report(job, "ended: it did not stop at the time limit" if hung else _outcome(job, ending.exitcode))
     finally:
-        for _, process, _, _ in running.values():
-            process.kill()
+        for _, left_over, _, _ in running.values():
+            left_over.kill()
 
 
 def _take(waiting: list[Job], jobs: Sequence[Job], seconds: float) -> tuple[Job, TextIO] | None:
