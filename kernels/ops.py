@@ -177,7 +177,7 @@ def _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, de
     )
 
 
-def _gemm_op(name: str) -> torch._ops.OpOverload:
+def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:
     @_define(name)
     def op(
         a_low: Tensor,
@@ -195,16 +195,25 @@ def _gemm_op(name: str) -> torch._ops.OpOverload:
         backend: str,
     ) -> Tensor:
         a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-        return getattr(backends.load(backend), name)(a, b, bias, out_dtype)
+        return getattr(backends.load(backend), kernel)(a, b, bias, out_dtype)
 
     _fake(name)(_gemm_fake)
     return op
 
 
-_gemm_row, _gemm_block = _gemm_op("gemm_row"), _gemm_op("gemm_block")
+_gemm_row, _gemm_block = _gemm_op("gemm_row", "gemm_row"), _gemm_op("gemm_block", "gemm_block")
+# The same under another name: equal calls of one op in forward and backward would be merged into one by the compiler,
+# and its result kept.
+_gemm_row_again = _gemm_op("gemm_row_again", "gemm_row")
 
 
-@register_flop_formula([torch.ops.lightning_int8.gemm_row, torch.ops.lightning_int8.gemm_block])
+@register_flop_formula(
+    [
+        torch.ops.lightning_int8.gemm_row,
+        torch.ops.lightning_int8.gemm_row_again,
+        torch.ops.lightning_int8.gemm_block,
+    ]
+)
 def _gemm_flops(
     a_shape, a_high, a_slot, a_scale, b_shape, b_high, b_slot, b_scale, bias, depth, *args, **kwargs
 ) -> int:
@@ -213,10 +222,25 @@ def _gemm_flops(
 
 
 def gemm_row(
-    a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+    a: QuantizedMatrix,
+    b: QuantizedMatrix,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+    again: bool = False,
 ) -> Tensor:
-    """See :func:`lightning_int8.kernels.reference.gemm_row`."""
-    return _gemm_row(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
+    """See :func:`lightning_int8.kernels.reference.gemm_row`.
+
+    Args:
+        a: First operand.
+        b: Second operand.
+        bias: See there.
+        out_dtype: See there.
+        backend: Who runs it.
+        again: In a backward, for a product of the forward that was not kept.
+    """
+    op = _gemm_row_again if again else _gemm_row
+    return op(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
 
 
 def gemm_block(

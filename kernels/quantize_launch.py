@@ -21,6 +21,7 @@ _ROWS_AT_A_TIME = {block: {"num_warps": 1, "PART": 512 // block, "STAGES": 3} fo
 OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
+    "swiglu_row_planes": dict(_PLANES),
     "block_planes": dict(_PLANES),
     "gradient_statistics": {block: {"num_warps": 1, "PART": 1024 // block, "STAGES": 3} for block in BLOCKS},
     "gradient_planes": dict(_PLANES),

@@ -34,6 +34,12 @@ def _one_plus_exp(x):
 
 
 @triton.jit
+def silu_in(x, dtype: tl.constexpr):
+    """``silu(x)`` as PyTorch rounds it in ``dtype``, float32."""
+    return tl.div_rn(x, _one_plus_exp(x)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _quotient(x, y, inverse):
     """``x / y`` rounded to nearest, given ``1 / y`` so rounded (Markstein): one division serves two quotients."""
     q = x * inverse
@@ -79,8 +85,7 @@ def swiglu_statistics(
         r = row_block * B + start + i
         inside = (r < rows)[:, None] & (c < columns)[None, :]
         offset = (start + i)[:, None] * columns + tl.arange(0, B)[None, :]
-        x = _load(gate, offset, inside)
-        silu = tl.div_rn(x, _one_plus_exp(x)).to(dtype).to(tl.float32)
+        silu = silu_in(_load(gate, offset, inside), dtype)
         value = (silu * _load(up, offset, inside)).to(dtype)
         tl.store(h + offset, value, mask=inside)
         by_row = row_statistics(value.to(tl.float32), amax, weight, column_block, r, rows)

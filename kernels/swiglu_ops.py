@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row
+from lightning_int8.kernels.planes import padded
 
 
-def _module(backend: str) -> ModuleType:
-    """Both native backends share one implementation."""
-    if backend == "reference":
-        from lightning_int8.kernels import swiglu_reference
-
-        return swiglu_reference
-    from lightning_int8.kernels import swiglu
-
-    return swiglu
+def _module(backend: str, native: str = "swiglu") -> ModuleType:
+    """Both native backends share one implementation, in the module ``native``."""
+    return import_module(f"lightning_int8.kernels.{'swiglu_reference' if backend == 'reference' else native}")
 
 
 @_define("swiglu_row", mutates=["state"])
@@ -76,3 +72,18 @@ def _(dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, 
         gate, gate_scale is not None, input_scale is not None, bias, capacity, block, copies=(2,)
     )
     return *gradients, *(gate.new_empty(2, 0) if part is None else part for part in pair)
+
+
+@_define("swiglu_planes")
+def swiglu_planes(
+    gate: Tensor, up: Tensor, scale: Tensor, slot: Tensor, capacity: int, block: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.swiglu_planes.swiglu_planes`."""
+    return _module(backend, "swiglu_planes").swiglu_planes(gate, up, scale, slot, capacity, block)
+
+
+@_fake("swiglu_planes")
+def _(gate, up, scale, slot, capacity, block, backend):
+    rows, columns = gate.shape
+    low_t = gate.new_empty(columns, padded(rows, block), dtype=torch.int8)
+    return low_t, gate.new_empty(capacity, block, block, dtype=torch.int8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_int8.kernels.reference import quantize_row
+from lightning_int8.kernels.reference import _gather_blocks, _transposed, quantize_row, row_integers, split_bytes
 
 
 def swiglu_row(
@@ -40,3 +40,11 @@ def swiglu_gradient(
     """The gradients of ``gate`` and ``up`` ``[M, N]``; the statistics, which the reference needs not, are empty."""
     dgate, dup = torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
     return dgate, dup, *(gate.new_empty(2, 0) for _ in range(8))
+
+
+def swiglu_planes(
+    gate: Tensor, up: Tensor, scale: Tensor, slot: Tensor, capacity: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """``low_t`` and ``high_t`` of `swiglu_row`, from the scales and slots that it has found."""
+    low, high = split_bytes(row_integers((F.silu(gate) * up).float(), scale, slot >= 0, block, None))
+    return _transposed(low, _gather_blocks(high, slot, capacity, block), block)

@@ -112,7 +112,7 @@ def _fused_class(cls: Any) -> Any:
             (x,) = *args, *kwargs.values()
             gate, up, down = (getattr(self, name) for name in self.int8_swiglu_names)
             if can_fuse(x, gate, up, down):
-                return down(int8_swiglu(x, gate, up, down))
+                return int8_swiglu(x, gate, up, down)
             return super().forward(x)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -206,7 +206,7 @@ class RowScheme(_BlockFallback):
         dh: Tensor,
         gate: Tensor,
         up: Tensor,
-        weights: Sequence[QuantizedWeight] | None,
+        weights: Sequence[QuantizedWeight | None],
         saved: Sequence[Tensor],
         bias: bool,
         backend: str,
@@ -216,14 +216,26 @@ class RowScheme(_BlockFallback):
         ``weights`` and ``saved`` as it will be given them; both projections read one X.
         """
         _, capacity = self._fallback(gate, self.recipe.gradient_band)
-        gate_scale, up_scale = (None, None) if weights is None else (w.fold for w in weights)
+        gate_scale, up_scale = (None if w is None else w.fold for w in weights)
         _, _, _, input_scale, int_max = saved or [None] * 5
         return swiglu_ops.swiglu_gradient(
             dh, gate, up, gate_scale, up_scale, input_scale, int_max, capacity, self.block, bias, backend
         )
 
+    def swiglu_planes(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, Tensor]:
+        """The transposed planes that `quantize_swiglu` makes, given ``saved``, its slots, scales and integer maxima."""
+        slot, scale, _ = saved
+        _, capacity = self._fallback(gate, self.recipe.activation_band)
+        return swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend)
+
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+    def gemm_again(
+        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        """A forward's product computed again in the backward, which the compiler must not take for the forward's."""
+        return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)
 
 
 class BlockScheme(_BlockFallback):

@@ -1,10 +1,11 @@
-"""SwiGLU between INT8 linears: gate and up projection, activation and first read of the quantization in one function.
+"""A SwiGLU layer as one function: two INT8 projections, activation, quantization and the INT8 projection down.
 
-    h  = silu(gate(x))·up(x)        down(h) follows as a layer of its own
+    h = silu(gate(x))·up(x)        y = down(h)
 
 `silu·up` and its backward are memory-bound, and so is the first read of each tensor that is quantized, which finds its
-AbsMax. Done together, the forward reads ``h`` once less and the backward reads both gradients once less. The integers,
-gradients and thresholds are those of the three layers called one by one.
+AbsMax. Done together, the forward reads ``h`` once less and the backward reads both gradients once less. What the
+backward needs is kept or computed again, as the recipe's ``recompute_swiglu`` says. The integers, gradients and
+thresholds are those of the three layers called one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_int8.functional import autocasts
 from lightning_int8.kernels import backends
-from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS
+from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
 from lightning_int8.linear import Int8Linear
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme
@@ -25,9 +26,10 @@ from lightning_int8.sharing import leave_planes, shared_planes
 
 
 class _Int8SwiGLU(torch.autograd.Function):
-    """X ``[M, K]``, both weights ``[N, K]``; ``planes`` is X quantized, in the dtype ``dtype``.
+    """X ``[M, K]``; weights and biases of the gate, up and down projection; ``planes`` is X quantized, in ``dtype``.
 
-    ``needs`` says whether dX, both dW and both db are wanted, and whether the down projection's dW is.
+    ``states`` are the three layers' thresholds for the forward and for the backward. ``needs`` says whether autograd
+    wants dX, dW and db of both gate and up, and dW and db of down.
     """
 
     @staticmethod
@@ -36,79 +38,119 @@ class _Int8SwiGLU(torch.autograd.Function):
         x: Tensor,
         gate_weight: Tensor,
         up_weight: Tensor,
+        down_weight: Tensor,
         gate_bias: Tensor | None,
         up_bias: Tensor | None,
+        down_bias: Tensor | None,
         planes: QuantizedInput,
-        kept: tuple[QuantizedWeight | None, QuantizedWeight | None],
-        down_state: Tensor | None,
-        states: tuple[Tensor | None, Tensor | None],
+        kept: tuple[QuantizedWeight | None, ...],
+        states: tuple[tuple[Tensor | None, Tensor | None], ...],
         update: bool,
         recipe: Int8Recipe,
         backend: str,
         dtype: torch.dtype,
-        needs: tuple[bool, bool, bool, bool],
-    ) -> tuple[Tensor, ...]:
+        needs: tuple[bool, bool, bool, bool, bool],
+    ) -> Tensor:
         scheme = RowScheme(recipe)
-        operands: list[Any] = [
-            (w or scheme.quantize_weight(weight, False, backend)).forward
-            for w, weight in zip(kept, (gate_weight, up_weight), strict=True)
-        ]
-        gate, up = (
-            scheme.gemm(planes.operand, operand, bias, dtype, backend)
-            for operand, bias in zip(operands, (gate_bias, up_bias), strict=True)
-        )
-        h, *h_planes = scheme.quantize_swiglu(gate, up, down_state, update, needs[3], backend)
-        ctx.mark_non_differentiable(*h_planes)
-        if any(needs[:3]):
-            scales = [operand.scale for operand in operands]
-            ctx.save_for_backward(gate_weight, up_weight, *scales, gate, up, *planes.saved)
+        weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
+        scales: list[Tensor | None] = []
+
+        def project(i: int, operand: QuantizedMatrix) -> Tensor:
+            w: Any = (kept[i] or scheme.quantize_weight(weights[i], False, backend)).forward
+            scales.append(w.scale)
+            return scheme.gemm(operand, w, biases[i], dtype, backend)
+
+        gate, up = project(0, planes.operand), project(1, planes.operand)
+        keep_planes = needs[3] and recipe.recompute_swiglu == "nothing"
+        h, *h_planes = scheme.quantize_swiglu(gate, up, states[2][0], update, keep_planes, backend)
+        hidden = scheme.input_of(h_planes, tuple(h.shape), keep_planes)
+        y = project(2, hidden.operand)
+        if any(needs):
+            again = recipe.recompute_swiglu == "all"
+            operand = planes.operand
+            groups: tuple[tuple[Tensor | None, ...], ...] = (
+                weights,
+                tuple(scales),
+                (operand.low, operand.high, operand.slot, operand.scale, gate_bias, up_bias) if again else (gate, up),
+                planes.saved,
+                hidden.saved if keep_planes else tuple(h_planes[4:]) if needs[3] else (),
+            )
+            ctx.group_sizes = [len(group) for group in groups]
+            ctx.save_for_backward(*[tensor for group in groups for tensor in group])
         # Not saved tensors, which may not change until the backward: a layer called twice counts in both backwards.
         ctx.states, ctx.kept = states, kept
-        ctx.recipe, ctx.backend, ctx.needs, ctx.update = recipe, backend, needs, update
-        ctx.input_size, ctx.input_dtype = tuple(x.shape), x.dtype
-        ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (gate_bias, up_bias))
-        return h, *h_planes
+        ctx.recipe, ctx.backend, ctx.dtype, ctx.needs, ctx.update = recipe, backend, dtype, needs, update
+        ctx.input_size, ctx.input_dtype, ctx.hidden_size = tuple(x.shape), x.dtype, tuple(h.shape)
+        ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate_weight, up_weight, gate_scale, up_scale, gate, up, *saved = ctx.saved_tensors
-        backend = ctx.backend
-        needs_dx, needs_dw, needs_db, _ = ctx.needs
-        scheme = RowScheme(ctx.recipe)
-        weights = None
+        (dy,) = grad_outputs
+        tensors, groups = list(ctx.saved_tensors), []
+        for size in ctx.group_sizes:
+            groups.append(tuple(tensors[:size]))
+            tensors = tensors[size:]
+        weights, scales, kept_activations, x_saved, h_saved = groups
+        recipe, backend, dtype, states, update = ctx.recipe, ctx.backend, ctx.dtype, ctx.states, ctx.update
+        needs_dx, needs_dw, needs_db, needs_down_dw, needs_down_db = ctx.needs
+        needs_dh = needs_dx or needs_dw or needs_db
+        scheme = RowScheme(recipe)
+
+        def transposed(i: int) -> QuantizedWeight:
+            return ctx.kept[i] or scheme.transpose_weight(weights[i], scales[i], backend)
+
+        gate_up: list[Any] = [None, None]
+        if recipe.recompute_swiglu == "all":
+            low, high, slot, scale, gate_bias, up_bias = kept_activations
+            x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, recipe.block_size)
+            gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
+            gate, up = (
+                scheme.gemm_again(x, w.forward, bias, dtype, backend)
+                for w, bias in zip(gate_up, (gate_bias, up_bias), strict=True)
+            )
+        else:
+            gate, up = kept_activations
+        if needs_down_dw and recipe.recompute_swiglu != "nothing":
+            h_saved = (*scheme.swiglu_planes(gate, up, h_saved, backend), *h_saved)
+        w = transposed(2) if needs_dh else None
+        g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
+        dh = None if w is None else scheme.gemm(g.dgrad, w.dgrad, None, dtype, backend)
+        down_dw = scheme.gemm(g.wgrad, g.input_transposed, None, weights[2].dtype, backend) if needs_down_dw else None
+        down_db = g.dbias.to(ctx.bias_dtypes[2]) if needs_down_db else None
+        del g, h_saved
+        if dh is None:
+            return None, None, None, down_dw, None, None, down_db, *[None] * 8
         if needs_dx:
-            weights = [
-                w or scheme.transpose_weight(v, scale, backend)
-                for w, v, scale in zip(ctx.kept, (gate_weight, up_weight), (gate_scale, up_scale), strict=True)
-            ]
-        saved = tuple(saved) if needs_dw else ()
-        dgate, dup, *statistics = scheme.swiglu_gradient(grad_outputs[0], gate, up, weights, saved, needs_db, backend)
+            gate_up = [w or transposed(i) for i, w in enumerate(gate_up)]
+        else:
+            gate_up = [None, None]
+        x_saved = x_saved if needs_dw else ()
+        dgate, dup, *statistics = scheme.swiglu_gradient(dh, gate, up, gate_up, x_saved, needs_db, backend)
+        pending = [dup, dgate]
+        del dh, dgate, dup
         results: list[tuple[Tensor | None, ...]] = []
-        # One after the other, so that the planes of one are gone before those of the other are made.
-        for i, dy in enumerate((dgate, dup)):
-            weight = None if weights is None else weights[i]
+        # One after the other, so that one and its planes are gone before the planes of the other are made.
+        for i, w in enumerate(gate_up):
+            dprojected = pending.pop()
             g = scheme.quantize_gradient(
-                dy, weight, saved, ctx.input_size, ctx.states[i], ctx.update, needs_db, backend,
+                dprojected, w, x_saved, ctx.input_size, states[i][1], update, needs_db, backend,
                 [part[i] for part in statistics],
             )  # fmt: skip
-            dx = dw = None
-            if weight is not None:
-                dx = scheme.gemm(g.dgrad, weight.dgrad, None, gate.dtype, backend).to(ctx.input_dtype)
-            if saved:
-                dw = scheme.gemm(g.wgrad, g.input_transposed, None, gate_weight.dtype, backend)
+            dx = None if w is None else scheme.gemm(g.dgrad, w.dgrad, None, dtype, backend).to(ctx.input_dtype)
+            dw = scheme.gemm(g.wgrad, g.input_transposed, None, weights[i].dtype, backend) if x_saved else None
             results.append((dx, dw, None if g.dbias is None else g.dbias.to(ctx.bias_dtypes[i])))
-            del g
-        (gate_dx, *gate_rest), (up_dx, *up_rest) = results
+            del g, dprojected
+        (gate_dx, gate_dw, gate_db), (up_dx, up_dw, up_db) = results
         dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
-        (gate_dw, gate_db), (up_dw, up_db) = gate_rest, up_rest
-        return dx, gate_dw, up_dw, gate_db, up_db, *[None] * 9
+        return dx, gate_dw, up_dw, down_dw, gate_db, up_db, down_db, *[None] * 8
 
 
 def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> bool:
     """Whether `int8_swiglu` computes what the three layers would, called one by one.
 
-    It does not call ``gate`` and ``up``, so hooks on them, a forward of their own or weights that are not there yet
-    rule it out, as does anything that the layers themselves would treat or refuse in another way.
+    It does not call them, so hooks on them, a forward of their own or weights that are not there yet rule it out, as
+    does anything that the layers themselves would treat or refuse in another way.
     """
     linears = gate, up, down
     if not all(isinstance(linear, Int8Linear) for linear in linears):
@@ -118,18 +160,19 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
     return (
         0 < tokens <= MAX_WGRAD_TOKENS
         and all(linear.int8_recipe == recipe and linear.training == gate.training for linear in linears)
-        and all(_is_plain(linear) for linear in (gate, up))
+        and all(_is_plain(linear) for linear in linears)
         and recipe.scaling == "row"
         and recipe.forward
         and recipe.dgrad
         and recipe.wgrad
         and gate.weight.shape == up.weight.shape
-        and gate.weight.dtype == up.weight.dtype
+        and down.in_features == gate.out_features
+        and gate.weight.dtype == up.weight.dtype == down.weight.dtype
         and gate.weight.requires_grad == up.weight.requires_grad
         and (gate.bias is None) == (up.bias is None)
         and (gate.bias is None or gate.bias.requires_grad == up.bias.requires_grad)
         and x.shape[-1] == gate.in_features
-        and x.device == gate.weight.device == up.weight.device
+        and x.device == gate.weight.device == up.weight.device == down.weight.device
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and (autocasts(x) or x.dtype == gate.weight.dtype)
     )
@@ -147,16 +190,16 @@ def _is_plain(linear: Int8Linear) -> bool:
 
 
 def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> Tensor:
-    """``silu(gate(x))·up(x)``, which carries the planes that ``down`` will make of it.
+    """``down(silu(gate(x))·up(x))``.
 
     Args:
         x: float ``[..., K]``, for which `can_fuse` is true.
         gate: ``[N, K]``.
         up: ``[N, K]``.
-        down: The layer that reads the result next.
+        down: ``[L, N]``.
 
     Returns:
-        ``[..., N]`` in ``x``'s dtype (the autocast dtype under autocast).
+        ``[..., L]`` in ``x``'s dtype (the autocast dtype under autocast).
     """
     source, recipe, update = x, gate.int8_recipe, gate.training
     autocast = autocasts(x)
@@ -168,29 +211,25 @@ def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -
         grad and gate.weight.requires_grad,
         grad and gate.bias is not None and gate.bias.requires_grad,
         grad and down.weight.requires_grad,
+        grad and down.bias is not None and down.bias.requires_grad,
     )
-    gate_state, up_state, down_state = (
-        linear.int8_state.on(x.device) if linear.int8_state.operands else (None, None) for linear in (gate, up, down)
-    )
+    linears = gate, up, down
+    states = tuple(linear.int8_state.on(x.device) if linear.int8_state.operands else (None, None) for linear in linears)
     kept = tuple(
         None if linear.int8_kept_weight is None or not (update and grad) else linear.int8_kept_weight.planes
-        for linear in (gate, up)
+        for linear in linears
     )
-    scheme = RowScheme(recipe)
     key = (recipe, update, dtype)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         planes = shared_planes(source, key, needs[1])
         if planes is None:
-            planes = scheme.quantize_input(
-                flat.detach().to(dtype), gate.weight.detach(), gate_state[0], update, needs[1], backend
+            planes = RowScheme(recipe).quantize_input(
+                flat.detach().to(dtype), gate.weight.detach(), states[0][0], update, needs[1], backend
             )
             leave_planes(source, key, planes)
-        h, *h_planes = _Int8SwiGLU.apply(
-            flat, gate.weight, up.weight, gate.bias, up.bias, planes, kept, down_state[0], (gate_state[1], up_state[1]),
-            update, recipe, backend, dtype, needs,
+        y = _Int8SwiGLU.apply(
+            flat, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, planes, kept, states, update,
+            recipe, backend, dtype, needs,
         )  # fmt: skip
-    size = tuple(h.shape)
-    h = h.reshape(*x.shape[:-1], -1)
-    leave_planes(h, key, scheme.input_of(h_planes, size, needs[3]))
-    return h
+    return y.reshape(*x.shape[:-1], -1)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lightning_int8.fusion as fusion
 from lightning_int8 import convert_to_int8, fallback_states
 from lightning_int8.fusion import is_fused
+from lightning_int8.weight_planes import keep_weight_planes
 
 
 class SwiGLU(nn.Module):
@@ -101,6 +102,63 @@ def test_checkpointed_and_compiled(checkpointed, compiled):
         assert_equal(run(apart, x), run(fused, x, forward))
 
 
+RECOMPUTED = ["planes", "all"]
+
+
+@pytest.mark.parametrize("what", RECOMPUTED)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bias", "recipe"), [(True, {}), (False, {"activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)})]
+)
+def test_what_is_computed_again_is_what_was_kept(what, bias, recipe, autocast):
+    kept, recomputed = converted(bias=bias, **recipe), converted(bias=bias, recompute_swiglu=what, **recipe)
+    x = torch.randn(2, 20, 48)
+    for _ in range(2):
+        assert_equal(run(kept, x, autocast=autocast), run(recomputed, x, autocast=autocast))
+
+
+@pytest.mark.parametrize("what", RECOMPUTED)
+@pytest.mark.parametrize("frozen", [("gate_proj", "up_proj"), ("down_proj",), ("gate_proj", "up_proj", "down_proj")])
+def test_frozen_weights_with_what_is_computed_again(what, frozen):
+    modules = converted(), converted(recompute_swiglu=what)
+    for module in modules:
+        for name in frozen:
+            getattr(module, name).requires_grad_(False)
+    x = torch.randn(40, 48)
+    assert_equal(run(modules[0], x), run(modules[1], x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_memory_of_what_is_computed_again(compiled, keep_weights):
+    """Also where the compiler sees equal products in the forward and the backward, which it would make one of."""
+    results, saved = [], []
+    x = torch.randn(64, 48)
+    for what in ("nothing", *RECOMPUTED):
+        module = converted(recompute_swiglu=what)
+        run(module, x)  # seeds the thresholds
+        if keep_weights:
+            keep_weight_planes(module)
+        forward = module.forward
+        if compiled:
+            torch._dynamo.reset()
+            forward = torch.compile(module.forward, backend="aot_eager_decomp_partition", fullgraph=True)
+        seen: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=seen: seen.setdefault(t.data_ptr(), t), lambda t: t
+        ):
+            results.append(run(module, x, forward))
+        parameters = {p.data_ptr() for p in module.parameters()}
+        saved.append(sum(t.nbytes for pointer, t in seen.items() if pointer not in parameters))
+    assert_equal(results[0], results[1])
+    assert_equal(results[0], results[2])
+    elements, inputs = 64 * 80, 64 * 48
+    # The capacity for fallback blocks is 1.25 times the band's 0.3, in whole blocks.
+    planes, gate_and_up, input_planes = elements * 1.4, elements * 4 * 2, inputs * 1.42
+    assert saved[0] - saved[1] == pytest.approx(planes, rel=0.02)
+    assert saved[1] - saved[2] == pytest.approx(gate_and_up - input_planes, rel=0.02)
+
+
 def test_the_activation_and_its_planes_are_made_once():
     # One statistics pass less only counts if nobody quantizes the result again.
     from lightning_int8.kernels import ops
@@ -112,6 +170,12 @@ def test_the_activation_and_its_planes_are_made_once():
         module(torch.randn(40, 48))
     assert (40, 48) in seen
     assert (40, 80) not in seen
+
+
+@pytest.mark.parametrize("other", [{"fuse_swiglu": False}, {"scaling": "block"}, {"wgrad": False}])
+def test_nothing_can_be_computed_again_in_layers_that_are_not_fused(other):
+    with pytest.raises(ValueError, match=r"recompute_swiglu='all' needs fused SwiGLU layers: fuse_swiglu=True"):
+        converted(recompute_swiglu="all", **({"fuse": False} if "fuse_swiglu" in other else other))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
@@ -168,15 +232,16 @@ def test_other_layers_are_left_alone(cls):
     assert not hasattr(module, "last")
 
 
-def hooked(module: nn.Module) -> list:
+def hooked(module: nn.Module, name: str) -> list:
     seen: list = []
-    module.up_proj.register_forward_hook(lambda *a: seen.append(a))
+    getattr(module, name).register_forward_hook(lambda *a: seen.append(a))
     return seen
 
 
-def test_hooks_on_a_projection_still_run(fused_calls):
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_hooks_on_a_projection_still_run(fused_calls, name):
     apart, fused = converted(fuse=False), converted()
-    seen = hooked(fused)
+    seen = hooked(fused, name)
     x = torch.randn(40, 48)
     assert_equal(run(apart, x), run(fused, x))
     assert len(seen) == 1

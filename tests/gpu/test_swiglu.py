@@ -38,14 +38,15 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@pytest.mark.parametrize("recompute", ["nothing", "planes", "all"])
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_equals_the_layers_one_by_one(backend):
+def test_equals_the_layers_one_by_one(backend, recompute):
     results = []
-    for fuse in (False, True):
+    for options in ({"fuse_swiglu": False}, {"recompute_swiglu": recompute}):
         torch.manual_seed(0)
         module = SwiGLU().cuda()
-        convert_to_int8(module, {"backend": backend, "fuse_swiglu": fuse})
-        assert is_fused(module) == fuse
+        convert_to_int8(module, {"backend": backend, **options})
+        assert is_fused(module) == ("recompute_swiglu" in options)
         x = torch.randn(1000, 576, device="cuda", requires_grad=True)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_int8.kernels import quantize, quantize_gradient, swiglu
+from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_planes
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
@@ -30,6 +30,8 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
+        slot = torch.empty(-(-rows // block), -(-columns // block), dtype=torch.int32)
+        swiglu_planes.swiglu_planes(x, x, s, slot, capacity, block)
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
 
 

@@ -20,7 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 else:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_ops, swiglu_reference
+    from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_ops, swiglu_planes, swiglu_reference
     from tests.assertions import EXACT, assert_close
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,6 +56,16 @@ else:
         wanted = quantize.quantize_row(h, states[1], *rest)
         assert_planes_equal("planes", wanted, planes, (4, 4), (2, 3))
         assert_close("state", states[1], states[0], EXACT)
+        _, low_t, _, high_t, slot, scale, _ = planes
+        again = swiglu_planes.swiglu_planes(gate, up.t().contiguous().t(), scale, slot, capacity, block)
+        used = int((slot >= 0).sum())
+        assert (used > 0) == (capacity > 0)
+        for name, a, b in zip(("low", "high"), (low_t, high_t[:used]), (again[0], again[1][:used]), strict=True):
+            assert_close(f"{name} again", a, b, EXACT, check_dtype=True)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(t) for t in (gate, up, scale, slot)]
+            traced = swiglu_ops.swiglu_planes(*fakes, capacity, block, "triton")
+        assert [(t.shape, t.dtype, t.stride()) for t in traced] == [(t.shape, t.dtype, t.stride()) for t in again]
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
