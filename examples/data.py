@@ -198,18 +198,19 @@ class TextDataModule(L.LightningDataModule):
         """Shuffled batches of the training text, resumable at any batch.
 
         Args:
-            rank: This process' index; the Trainer's where there is one, else 0.
-            world_size: Number of processes; the Trainer's where there is one, else 1.
+            rank: This process' index among those that get other samples; the Trainer's where there is one, else 0.
+            world_size: Number of such processes; the Trainer's where there is one, else 1.
         """
         assert self.cache is not None
-        trainer = self.trainer
+        # Tensor-parallel ranks share their samples, so it is not the Trainer's number of processes.
+        sampler = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
         return TokenStream(
             self.cache.tokens("train"),
             self.sequence_length,
             self.batch_size,
             seed=self.seed,
-            rank=rank if rank is not None else (trainer.global_rank if trainer is not None else 0),
-            world_size=world_size if world_size is not None else (trainer.world_size if trainer is not None else 1),
+            rank=sampler["rank"] if rank is None else rank,
+            world_size=sampler["num_replicas"] if world_size is None else world_size,
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         grouped = self.config.n_kv_heads != self.config.n_heads
         value = heads(self.v_proj(x))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=self.config.causal, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, self.config.dim))
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class SwiGLU(nn.Module):

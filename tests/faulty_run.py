@@ -1,11 +1,12 @@
 """A small training run that can be made to die at a chosen point; see `test_faults.py`.
 
-    python -m tests.faulty_run FOLDER TASK...
+    python -m tests.faulty_run FOLDER DEVICE TASK...
 
 Each task is `CHECKPOINTS:STEPS[:DEATH[:RESUME]]`: train up to STEPS optimizer steps with checkpoints in the folder
 CHECKPOINTS and exact losses in `CHECKPOINTS/losses<rank>.txt`. DEATH is `step-N` (SIGKILL in the backward of step N),
 `rank1-N` (the same, on rank 1 only) or `save-N` (the kernel ends the process in the middle of writing the checkpoint of
-step N). RESUME names the checkpoint to start from. In a process started as one of two ranks the run is DDP on gloo.
+step N). RESUME names the checkpoint to start from. In a process started as one of two ranks the run is DDP, with DEVICE
+`cpu` on gloo, with `gpu` on NCCL.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import resource
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,17 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from examples.data import TextDataModule
 from examples.llama import LlamaConfig
 from examples.model import LlamaModule
 from lightning_int8 import FallbackInt8Precision, VerifiedCheckpointIO
+from tests.two_processes import add_up_in_order
 
 EVERY = 4
+# After how long without an answer NCCL ends the process; PyTorch's default is 10 minutes.
+NCCL_TIMEOUT = timedelta(seconds=20)
 
 
 class LossFile(Callback):
@@ -74,7 +80,14 @@ def text(folder: Path) -> Path:
 
 
 def run(
-    folder: Path, name: str, steps: int, death: str = "", resume: str = "", *, verified: bool = True
+    folder: Path,
+    name: str,
+    steps: int,
+    death: str = "",
+    resume: str = "",
+    *,
+    verified: bool = True,
+    device: str = "cpu",
 ) -> LlamaModule:
     """Trains as the module's docstring says; ``verified`` chooses our checkpoint plugin over Lightning's own."""
     torch.set_num_threads(1)
@@ -91,9 +104,9 @@ def run(
         kind, _, step = death.partition("-")
         callbacks.append(Death(kind, int(step)))
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=device,
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=DDPStrategy(timeout=NCCL_TIMEOUT if device == "gpu" else None) if ranks > 1 else "auto",
         max_steps=steps,
         plugins=[
             FallbackInt8Precision(recipe="row", precision="32-true", ignore_modules=["lm_head"]),
@@ -117,10 +130,11 @@ def run(
 
 def main() -> None:
     """Runs the tasks of the command line."""
-    folder = Path(sys.argv[1])
-    for task in sys.argv[2:]:
+    folder, device = Path(sys.argv[1]), sys.argv[2]
+    add_up_in_order(device)
+    for task in sys.argv[3:]:
         name, steps, death, resume = (*task.split(":"), "", "")[:4]
-        run(folder, name, int(steps), death, resume, verified="lightning" not in name)
+        run(folder, name, int(steps), death, resume, verified="lightning" not in name, device=device)
 
 
 if __name__ == "__main__":

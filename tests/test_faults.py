@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from lightning_int8 import CorruptedCheckpointError, VerifiedCheckpointIO, verify_checkpoint
 from lightning_int8.cli import main
 from tests.faulty_run import EVERY, run, text
-from tests.two_processes import ROOT, launch, logs
+from tests.two_processes import DEVICES, ROOT, launch, logs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 STEPS = 12
@@ -41,7 +42,7 @@ def died(tmp_path: Path) -> Path:
     for name, death in DEATHS.items():
         (folder / f"tmp-{name}").mkdir()
         processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "tests.faulty_run", str(folder), f"{name}:{STEPS}:{death}"], cwd=ROOT,
+            [sys.executable, "-m", "tests.faulty_run", str(folder), "cpu", f"{name}:{STEPS}:{death}"], cwd=ROOT,
             env={**os.environ, "TMPDIR": str(folder / f"tmp-{name}")}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     for name, process in processes.items():
@@ -82,19 +83,28 @@ def test_the_next_write_replaces_a_partial_file(tmp_path: Path) -> None:
 
 @pytest.mark.strict
 @pytest.mark.slow
-def test_one_of_two_ranks_dies(tmp_path: Path) -> None:
-    text(tmp_path)
-    codes = launch("tests.faulty_run", tmp_path, f"whole:{STEPS}", f"killed:{STEPS}:rank1-11")
-    assert codes[1] == -signal.SIGKILL, logs(tmp_path)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_of_two_ranks_dies(tmp_path: Path, device: str) -> None:
+    def start(folder: str, task: str) -> list[int]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text(tmp_path / folder)
+        return launch("tests.faulty_run", tmp_path / folder, device, task, gpus=device == "gpu")
+
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(start, "a", f"whole:{STEPS}")
+        codes = start("b", f"killed:{STEPS}:rank1-11")
+    assert whole.result() == [0, 0], logs(tmp_path / "a")
+    assert codes[1] == -signal.SIGKILL, logs(tmp_path / "b")
     # The other one notices, and does not wait for ever.
-    assert codes[0] not in (0, -signal.SIGKILL), logs(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "killed").glob("*.ckpt")) == ["step=4.ckpt", "step=8.ckpt"]
-    assert launch("tests.faulty_run", tmp_path, f"resumed:{STEPS}::killed/step=8.ckpt") == [0, 0], logs(tmp_path)
+    assert codes[0] not in (0, -signal.SIGKILL), logs(tmp_path / "b")
+    killed = tmp_path / "b" / "killed"
+    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["step=4.ckpt", "step=8.ckpt"]
+    assert start("b", f"resumed:{STEPS}::killed/step=8.ckpt") == [0, 0], logs(tmp_path / "b")
     for rank in range(2):
-        expected = losses(tmp_path / "whole", rank)
+        expected = losses(tmp_path / "a" / "whole", rank)
         assert len(expected) == 2 * STEPS
-        assert losses(tmp_path / "resumed", rank) == expected[2 * 8 :]
-    assert losses(tmp_path / "whole", 0) != losses(tmp_path / "whole", 1)
+        assert losses(tmp_path / "b" / "resumed", rank) == expected[2 * 8 :]
+    assert losses(tmp_path / "a" / "whole", 0) != losses(tmp_path / "a" / "whole", 1)
 
 
 @pytest.fixture

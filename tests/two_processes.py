@@ -29,6 +29,15 @@ DEVICES = (
 )
 
 
+def add_up_in_order(device: str) -> None:
+    """On a ``"gpu"`` all but one of attention's backward kernels add up in no fixed order."""
+    if device == "cpu":
+        return
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def launch(
     module: str, folder: Path, *arguments: str, timeout: float = 200.0, gpus: bool = False, processes: int = 2
 ) -> list[int]:
