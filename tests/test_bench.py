@@ -11,11 +11,12 @@ from torch import nn
 
 from benchmarks import readme
 from examples.llama import Llama, LlamaConfig
-from lightning_int8.bench import first_step, gemm, linear, report, roofline, step, timing, workload
+from lightning_int8.bench import ahead, first_step, gemm, linear, report, roofline, step, timing, workload
 from lightning_int8.bench.advice import least_features, linear_advice, step_advice
 from lightning_int8.bench.cli import last_begin, main
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
+from lightning_int8.linear import Int8Linear
 from lightning_int8.recipe import resolve_recipe
 
 CPU = torch.device("cpu")
@@ -125,8 +126,8 @@ def test_advice_where_the_gpu_waits_for_the_host() -> None:
 
 def test_each_section_gets_its_share_of_the_time() -> None:
     first, second = last_begin(["linear", "gemm"], 2)
-    assert first == pytest.approx({"gemm": 0.2, "linear": 0.5})
-    assert second == pytest.approx({"gemm": 0.7, "linear": 1.0})
+    assert first == pytest.approx({"gemm": 0.25, "linear": 0.5})
+    assert second == pytest.approx({"gemm": 0.75, "linear": 1.0})
 
 
 def test_a_wrong_product_is_reported_not_timed(monkeypatch) -> None:
@@ -156,7 +157,7 @@ def test_a_peer_that_fails_is_an_entry_of_the_table() -> None:
 
 
 def test_unknown_peer_and_recipe(capsys) -> None:
-    with pytest.raises(ValueError, match="--peers fp4: must be of fp8-rowwise"):
+    with pytest.raises(ValueError, match="--peers fp4: must be of fp8-tensorwise"):
         precisions([ROW], ["fp4"])
     with pytest.raises(SystemExit):
         main(["--recipes", "rows"])
@@ -187,6 +188,28 @@ def test_repeated_layers_are_the_decoders() -> None:
     model = llama()
     assert step.repeated_layers(model) == list(model.layers)
     assert step.repeated_layers(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+def test_a_models_first_layer_runs_alone_without_the_models_memory() -> None:
+    work = workload.load(NAME, 64, ahead.META)
+    seen: list[tuple[torch.Size, torch.device, bool]] = []
+    handle = work.model.layers[0].mlp.down_proj.register_full_backward_hook(
+        lambda module, dx, dy: seen.append((dx[0].shape, dx[0].device, isinstance(module, Int8Linear)))
+    )
+    ahead.layer_pass(work, precisions([ROW], [])[1], None, CPU)()
+    handle.remove()
+    assert seen == [(torch.Size((4, 16, 64)), CPU, True)]
+    assert {parameter.device.type for parameter in work.model.parameters()} == {"meta"}
+
+
+def test_a_model_without_repeated_layers_cannot_be_compiled_ahead() -> None:
+    work = workload.Workload("flat", nn.Linear(8, 8, device="meta"), None, 8, lambda model, batch: None)
+    with pytest.raises(ValueError, match="flat has no repeated layer"):
+        ahead.layer_pass(work, precisions([ROW], [])[0], None, CPU)
+
+
+def test_precisions_are_made_anew_from_their_names() -> None:
+    assert [ahead.Named(recipe, None).made().name for recipe in (None, ROW, BLOCK)] == ["bf16", "row", "block"]
 
 
 def test_workload_of_a_transformers_folder(tmp_path) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 
@@ -31,22 +32,30 @@ def seconds_here(config: str, recipe: Int8Recipe | None, tokens: int, device: to
     return seconds(step, device)
 
 
-def measure(config: str, recipe: Int8Recipe, tokens: int, device: torch.device) -> dict[str, float | str]:
+def measure(config: str, recipe: Int8Recipe, tokens: int, device: torch.device, limit: float) -> dict[str, float | str]:
     """Runs three processes one after the other: BF16, INT8 with an empty Triton cache, and INT8 with the cache filled.
+
+    ``limit``: seconds after which the process that runs then is stopped.
 
     Returns:
         Seconds by ``"bf16"``, ``"empty cache"`` and ``"warm cache"``; ``"error"`` with the end of the output of the
         process that failed.
     """
     found: dict[str, float | str] = {}
+    until = time.monotonic() + limit
     with tempfile.TemporaryDirectory() as cache:
         fields = dataclasses.asdict(recipe)
         for name, chosen in (("bf16", None), ("empty cache", fields), ("warm cache", fields)):
             arguments = [config, json.dumps(chosen), str(tokens), str(device)]
-            process = subprocess.run(
-                [sys.executable, "-m", "lightning_int8.bench.first_step", *arguments],
-                env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            try:
+                process = subprocess.run(
+                    [sys.executable, "-m", "lightning_int8.bench.first_step", *arguments],
+                    env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False,
+                    timeout=max(0.0, until - time.monotonic()),
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                found["error"] = f"{name}: out of time"
+                break
             if process.returncode:
                 found["error"] = f"{name}: {process.stderr[-300:]}"
                 break

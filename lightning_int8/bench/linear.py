@@ -33,6 +33,26 @@ def uneven(rows: int, columns: int, size: float, device: torch.device) -> torch.
     return torch.randn(rows, columns, device=device).mul_(sizes).bfloat16()
 
 
+def operands(tokens: int, k: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """X ``[tokens, k]`` and dY ``[tokens, n]``, BF16."""
+    return uneven(tokens, k, 1.0, device).requires_grad_(), uneven(tokens, n, 1e-3, device)
+
+
+def prepared(
+    precision: Precision, k: int, n: int, x: torch.Tensor, dy: torch.Tensor
+) -> tuple[nn.Module, Callable[[], object]]:
+    """A layer in this precision, and its forward and backward as under ``bf16-mixed``."""
+    layer = precision.convert(nn.Sequential(nn.Linear(k, n, bias=False, device=x.device)), [])
+    forward = torch.compile(layer, dynamic=False) if precision.compiled else layer
+
+    def run() -> object:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = forward(x)
+        return torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+    return layer, run
+
+
 def measure(
     tokens: int,
     k: int,
@@ -52,23 +72,15 @@ def measure(
         known; ``error`` if it did not run.
     """
     torch.manual_seed(0)
-    x, dy = uneven(tokens, k, 1.0, device).requires_grad_(), uneven(tokens, n, 1e-3, device)
+    x, dy = operands(tokens, k, n, device)
     runs: dict[str, Callable[[], object]] = {}
     layers: dict[str, nn.Module] = {}
     cells: dict[str, dict[str, Any]] = {}
     for precision in precisions:
-        layer = nn.Sequential(nn.Linear(k, n, bias=False, device=device))
         cell = cells[precision.name] = {}
         # A peer that cannot run this shape, or not on this GPU, is a result, not the end of the table.
         try:
-            layer = precision.convert(layer, [])
-            forward = torch.compile(layer, dynamic=False) if precision.compiled else layer
-
-            def run(forward: Any = forward, layer: nn.Module = layer) -> object:
-                with torch.autocast(device.type, torch.bfloat16):
-                    y = forward(x)
-                return torch.autograd.grad(y, [x, *layer.parameters()], dy)
-
+            layer, run = prepared(precision, k, n, x, dy)
             run()
             if precision.compiled and (kernels := kernel_times(run, device)):
                 cell["kernels"] = kernels

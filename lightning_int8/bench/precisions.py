@@ -15,7 +15,7 @@ from lightning_int8.names import matches
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.small_layers import MinFeatures
 
-TORCHAO = ("fp8-rowwise", "fp8-tensorwise", "torchao-int8", "torchao-int8-swap")
+TORCHAO = ("fp8-tensorwise", "fp8-rowwise", "torchao-int8", "torchao-int8-swap")
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,43 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.progress import Progress
 
-from lightning_int8.bench import first_step, gemm, linear, step
+from lightning_int8.bench import ahead, first_step, gemm, linear, step
 from lightning_int8.bench.advice import linear_advice, step_advice
 from lightning_int8.bench.precisions import Precision, installed_peers, precisions, versions
 from lightning_int8.bench.roofline import peak_of
 from lightning_int8.bench.timing import Clock, copy_bandwidth
-from lightning_int8.bench.workload import load
+from lightning_int8.bench.workload import Workload, load
 from lightning_int8.kernels import backends
-from lightning_int8.recipe import PRESETS
+from lightning_int8.kernels.compile_ahead import Kernel, noted, side_by_side
+from lightning_int8.recipe import PRESETS, Int8Recipe
+from lightning_int8.small_layers import MinFeatures
 
 # In-features and out-features of the linears of a 1B and an 8B Llama, and smaller.
 LINEARS = ((4096, 4096), (2048, 2048), (4096, 14336), (14336, 4096), (2048, 8192), (8192, 2048), (1024, 1024),
            (4096, 1024), (3072, 3072), (1536, 1536))  # fmt: skip
 DEFAULTS = (PRESETS["row"], PRESETS["block"])
+# The share of the time after which compiling ahead is stopped.
+COMPILING_ENDS = 0.45
 
 T = TypeVar("T")
+
+
+class Plan(NamedTuple):
+    """What is measured for a model, or for the linears of Llamas: it follows from the command line and the model."""
+
+    recipes: Sequence[Int8Recipe]
+    tokens: int
+    shapes: list[tuple[int, int]]
+    min_features: MinFeatures
+    # BF16, the first recipe, the peers, the other recipes: what is left out for time is the last.
+    trained: list[ahead.Named]
 
 
 class Run:
@@ -37,8 +53,10 @@ class Run:
         bar: Shows how far it is.
     """
 
-    def __init__(self, args: argparse.Namespace, gpu: str, bar: Progress) -> None:
-        self.args, self.gpu, self.bar = args, gpu, bar
+    def __init__(
+        self, args: argparse.Namespace, gpu: str, bar: Progress, save: Callable[[Mapping[str, Any]], object]
+    ) -> None:
+        self.args, self.gpu, self.bar, self.save = args, gpu, bar, save
         self.clock, self.device = Clock(args.seconds), torch.device(args.device)
         self.peak, self.bandwidth = peak_of(gpu), copy_bandwidth(self.device)
         self.peers = installed_peers() if args.peers is None else args.peers
@@ -46,8 +64,82 @@ class Run:
         self.skipped: list[str] = []
         self.names: dict[tuple[int, int], list[str]] = {}
         self.recipes: dict[str, None] = {}
+        self.compiled: dict[str, Any] = {}
         if self.peak is None:
             self.skipped.append(f"the modelled roofline: peak rates of {gpu} are not in the table")
+
+    def _plan(self, workload: Workload | None) -> Plan:
+        recipes = self.args.recipes or ([workload.recipe] if workload and workload.recipe else DEFAULTS)
+        shapes = self.args.shapes or list(workload.shapes if workload else LINEARS)
+        least = self.args.min_features
+        if least is None:
+            least = workload.min_features if workload else 0
+        ours = [ahead.Named(recipe, None, least) for recipe in recipes]
+        peers = [ahead.Named(None, name) for name in self.peers]
+        trained = [ahead.Named(None, None), *ours[:1], *peers, *ours[1:]]
+        return Plan(recipes, workload.tokens if workload else self.args.tokens, shapes, least, trained)
+
+    def compile_ahead(self, configs: Sequence[str | None], sections: Sequence[str]) -> None:
+        """Compiles side by side what will be measured, so that the GPU does not wait for one compilation at a time.
+
+        Args:
+            configs: As :meth:`measure` will be given them.
+            sections: What it will measure of each.
+        """
+        if self.device.type != "cuda" or not self.args.compile_workers:
+            return
+        begin = time.monotonic()
+        task = self.bar.add_task("compiling: kernels to compile", total=None)
+        kernels, layers, linears = [], [], []
+        for config in configs:
+            try:
+                workload = load(config, self.args.tokens, ahead.META) if config else None
+                plan = self._plan(workload)
+                kernels += self._kernels(workload, plan, sections)
+            except Exception as error:
+                self.compiled.setdefault("errors", []).append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            if config and "step" in sections and self.args.compile != "none":
+                layers += [ahead.Layer(config, self.args.tokens, named, self.args.compile) for named in plan.trained]
+            if "linear" in sections:
+                linears += [ahead.PeerLinear(plan.tokens, *shape, peer) for shape in plan.shapes for peer in self.peers]
+        torch.cuda.empty_cache()
+        # Long jobs first, but those that launch our kernels after these.
+        jobs: list[Callable[[], object]] = list(
+            dict.fromkeys(
+                [
+                    *(layer for layer in layers if layer.precision.recipe is None),
+                    *kernels,
+                    *(layer for layer in layers if layer.precision.recipe is not None),
+                    *linears,
+                ]
+            )
+        )
+        workers = self.args.compile_workers
+        self.bar.update(task, total=len(jobs), description=f"compiling, {workers} side by side")
+        ended = 0
+        for index, failure in side_by_side(jobs, workers, COMPILING_ENDS * self.clock.seconds - self.clock.spent):
+            ended += 1
+            self.bar.advance(task)
+            if failure:
+                self.compiled.setdefault("errors", []).append(f"{jobs[index]}: {failure}")
+        self.compiled |= {"jobs": len(jobs), "ended": ended, "seconds": time.monotonic() - begin}
+        self.clock.divide_rest()
+
+    def _kernels(self, workload: Workload | None, plan: Plan, sections: Sequence[str]) -> list[Kernel]:
+        """Those of this package that the sections will launch."""
+        ours = precisions(plan.recipes, [])[1:]
+
+        def work() -> None:
+            if "gemm" in sections:
+                ahead.run_gemms(plan.shapes, plan.tokens, _scalings(ours), self.device)
+            if "linear" in sections:
+                ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
+            if "step" in sections and workload is not None:
+                for precision in precisions(plan.recipes, [], plan.min_features)[1:]:
+                    ahead.layer_pass(workload, precision, None, self.device)()
+
+        return noted(work)
 
     def measure(self, config: str | None, until: Mapping[str, float]) -> None:
         """Measures the sections in ``until`` for a model, or for the linears of Llamas.
@@ -57,79 +149,83 @@ class Run:
             until: By which fraction of the time each section begins its last measurement.
         """
         workload = load(config, self.args.tokens, self.device) if config else None
-        recipes = self.args.recipes or ([workload.recipe] if workload and workload.recipe else DEFAULTS)
-        compared = precisions(recipes, self.peers)
+        plan = self._plan(workload)
+        compared = precisions(plan.recipes, self.peers)
         ours = [precision for precision in compared if precision.recipe is not None]
         self.recipes |= dict.fromkeys(precision.name for precision in ours)
-        tokens = workload.tokens if workload else self.args.tokens
-        shapes = self.args.shapes or list(LINEARS)
         if workload:
             for key, layers in workload.shapes.items():
                 self.names.setdefault(key, []).extend(layers)
-            shapes = self.args.shapes or list(workload.shapes)
         if "gemm" in until:
-            self._gemms(shapes, tokens, ours, until["gemm"])
+            self._gemms(plan, ours, until["gemm"])
+            self.save(self.results())
         if "linear" in until:
-            self._linears(shapes, tokens, compared, until["linear"])
+            self._linears(plan, compared, until["linear"])
+            self.save(self.results())
         if workload is None:
             if "step" in until or "first-step" in until:
                 self.skipped.append("the training step and the first step: name a model with --config")
-            return
-        if "step" in until:
+        elif "step" in until:
             task = self.bar.add_task(f"step of {workload.name}", total=None)
             say = lambda text: self.bar.update(task, description=text)  # noqa: E731
-            least = workload.min_features if self.args.min_features is None else self.args.min_features
-            trained = precisions(recipes, self.peers, least)
+            trained = [named.made() for named in plan.trained]
             line = step.measure(workload, trained, self.args.compile, self.clock, until["step"], report=say)
-            self.measured["step"].append({**line, "min_features": least})
+            self.measured["step"].append({**line, "min_features": plan.min_features})
             self.bar.update(task, total=1, completed=1, description=f"step of {workload.name}")
-        if "first-step" in until:
-            name = workload.name
-            # The next processes need its memory.
-            del workload
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            for _ in self._in_time("first step", [name], until["first-step"]):
-                found = first_step.measure(str(config), recipes[0], tokens, self.device)
-                self.measured["first_step"].append({"model": name, "recipe": ours[0].name, **found})
+            self.save(self.results())
+
+    def first_step(self, config: str, until: float) -> None:
+        """Measures the first step of fresh processes, if there is time; nothing else may be in the GPU's memory."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        workload = load(config, self.args.tokens, ahead.META)
+        recipe = self._plan(workload).recipes[0]
+        for _ in self._in_time("first step", [workload.name], until):
+            rest = self.clock.seconds - self.clock.spent
+            found = first_step.measure(config, recipe, self.args.tokens, self.device, rest)
+            self.measured["first_step"].append({"model": workload.name, "recipe": recipe.describe(), **found})
 
     def _in_time(self, what: str, items: Sequence[T], until: float) -> Iterator[T]:
         """Those of ``items`` for which there is time; says from which on there was none."""
         left = list(items)
         task = self.bar.add_task(f"{what}s", total=len(left))
-        while left and self.clock.before(until):
+        longest = 0.0
+        while left and self.clock.before(until, longest):
+            begin = time.monotonic()
             yield left.pop(0)
+            longest = max(longest, time.monotonic() - begin)
             self.bar.advance(task)
         if left:
             rest = f", {len(left)} of {len(items)}" if len(items) > 1 else ""
             first = " ".join(map(str, left[0])) if isinstance(left[0], tuple) else left[0]
             self.skipped.append(f"{what} from {first} on{rest}: out of time (--seconds {self.args.seconds:g})")
 
-    def _gemms(self, shapes: list[tuple[int, int]], tokens: int, ours: list[Precision], until: float) -> None:
+    def _gemms(self, plan: Plan, ours: list[Precision], until: float) -> None:
+        tokens = plan.tokens
         backend = backends.choose("auto", self.device)
-        scalings = list(dict.fromkeys(p.recipe.scaling for p in ours if p.recipe and p.recipe.scaling != "vector"))
         known = {(line["product"], line["k"], line["n"]) for line in self.measured["gemm"] if line["tokens"] == tokens}
-        lines = [(product, k, n) for k, n in shapes for product in ("forward", "dgrad", "wgrad")]
+        lines = [(product, k, n) for k, n in plan.shapes for product in ("forward", "dgrad", "wgrad")]
         for product, k, n in self._in_time("GEMM", [line for line in lines if line not in known], until):
             line = gemm.measure(
-                product, tokens, k, n, scalings, (0.0, 0.2), gemm.peers(self.device), backend, self.device,
+                product, tokens, k, n, _scalings(ours), gemm.RATES, gemm.peers(self.device), backend, self.device,
                 self.peak, self.bandwidth,
             )  # fmt: skip
             self.measured["gemm"].append(line)
 
-    def _linears(self, shapes: list[tuple[int, int]], tokens: int, compared: list[Precision], until: float) -> None:
-        known = {(line["k"], line["n"]) for line in self.measured["linear"] if line["tokens"] == tokens}
-        for k, n in self._in_time("linear", [shape for shape in shapes if shape not in known], until):
-            line = linear.measure(tokens, k, n, compared, self.device, self.peak, self.bandwidth)
+    def _linears(self, plan: Plan, compared: list[Precision], until: float) -> None:
+        known = {(line["k"], line["n"]) for line in self.measured["linear"] if line["tokens"] == plan.tokens}
+        for k, n in self._in_time("linear", [shape for shape in plan.shapes if shape not in known], until):
+            line = linear.measure(plan.tokens, k, n, compared, self.device, self.peak, self.bandwidth)
             self.measured["linear"].append(line)
 
-    def results(self, command: str) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """All that was measured, as JSON holds it."""
         return {
             "about": {
                 "device": self.gpu, "date": datetime.date.today().isoformat(), "versions": versions(),
-                "seconds": self.clock.spent, "copy_bandwidth": self.bandwidth, "command": command,
+                "seconds": self.clock.spent, "copy_bandwidth": self.bandwidth,
+                "compiled_ahead": self.compiled,
             },
             **self.measured,
             "advice": [
@@ -138,3 +234,8 @@ class Run:
             ],
             "skipped": self.skipped,
         }  # fmt: skip
+
+
+def _scalings(ours: Sequence[Precision]) -> list[str]:
+    """Those of the recipes that have GEMMs of their own."""
+    return list(dict.fromkeys(p.recipe.scaling for p in ours if p.recipe and p.recipe.scaling != "vector"))

@@ -34,16 +34,20 @@ class Clock:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._begin, self.seconds = time.monotonic(), seconds
+        self._begin, self.seconds, self._from = time.monotonic(), seconds, 0.0
 
     @property
     def spent(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._begin
 
-    def before(self, fraction: float) -> bool:
-        """Whether less than this fraction is spent: whether something new may begin."""
-        return self.spent < fraction * self.seconds
+    def divide_rest(self) -> None:
+        """From now on fractions are of the time that is left."""
+        self._from = min(self.spent, self.seconds)
+
+    def before(self, fraction: float, expected: float = 0.0) -> bool:
+        """Whether something that takes ``expected`` seconds ends before this fraction of the time is spent."""
+        return self.spent + expected < self._from + fraction * (self.seconds - self._from)
 
 
 def interleaved(
