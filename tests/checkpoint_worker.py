@@ -1,9 +1,9 @@
 """One of two processes: resumes every strategy's checkpoints in every other strategy, for `test_checkpoints.py`.
 
-Started with torchrun's environment variables: `python -m tests.checkpoint_worker FOLDER DEVICE KIND...`. FOLDER takes the
-results; its parent holds `single`, a checkpoint of one device after its first phase, and takes the others. A phase is
-three steps on data of its own. DEVICE is `cpu` (gloo) or `gpu` (NCCL), KIND (`ddp`, `fsdp1`, `fsdp2`) is the strategy
-whose checkpoints are written and resumed.
+Started with torchrun's environment variables: `python -m tests.checkpoint_worker FOLDER DEVICE KIND...`. FOLDER takes
+the results; its parent holds `single`, a checkpoint of one device after its first phase, and takes the others. A phase
+is three steps on data of its own. DEVICE is `cpu` (gloo) or `gpu` (NCCL), KIND (`ddp`, `fsdp1`, `fsdp2`) is the
+strategy whose checkpoints are written and resumed.
 """
 
 from __future__ import annotations
