@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from benchmarks import readme
 from examples.llama import Llama, LlamaConfig
-from lightning_int8.bench import ahead, first_step, gemm, linear, report, roofline, step, timing, workload
+from lightning_int8.bench import ahead, first_step, gemm, linear, report, roofline, run, step, timing, workload
 from lightning_int8.bench.advice import least_features, linear_advice, step_advice
-from lightning_int8.bench.cli import last_begin, main
+from lightning_int8.bench.cli import last_begin, main, parser
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
 from lightning_int8.linear import Int8Linear
@@ -268,6 +269,25 @@ def test_the_whole_command(tmp_path, capsys) -> None:
     assert "Training step of llama, 256 tokens, eager" in page
     assert file.with_suffix(".png").stat().st_size > 1000
     assert "too small to gain" in capsys.readouterr().out
+
+
+def test_what_is_timed_is_compiled_ahead_and_what_fails_is_kept(monkeypatch) -> None:
+    jobs: list[object] = []
+
+    def side_by_side(given, workers, seconds):
+        jobs.extend(given)
+        assert (workers, seconds) == (3, pytest.approx(27, abs=5))
+        yield 0, "RuntimeError: no compiler"
+
+    monkeypatch.setattr(run, "side_by_side", side_by_side)
+    how = "--device cpu --tokens 64 --peers --recipes row block --compile-workers 3 --seconds 60"
+    measured = run.Run(parser().parse_args(how.split()), "CPU", Progress(disable=True), lambda results: None)
+    measured.compile_ahead([NAME, "nothing"], ["step"])
+    assert [job.precision.made().name for job in jobs] == ["bf16", "row", "block"]
+    errors = measured.compiled["errors"]
+    assert "nothing: ValueError: --config nothing must be" in errors[0]
+    assert errors[1].endswith("RuntimeError: no compiler")
+    assert (measured.compiled["jobs"], measured.compiled["ended"]) == (3, 1)
 
 
 def test_a_second_run_adds_to_the_first(tmp_path, capsys) -> None:

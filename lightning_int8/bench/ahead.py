@@ -55,11 +55,11 @@ class PeerLinear:
     k: int
     n: int
     peer: str
+    device: torch.device
 
     def __call__(self) -> None:
         """Runs it once."""
-        device = torch.device("cuda")
-        x, dy = linear.operands(self.tokens, self.k, self.n, device)
+        x, dy = linear.operands(self.tokens, self.k, self.n, self.device)
         linear.prepared(Named(None, self.peer).made(), self.k, self.n, x, dy)[1]()
 
 
@@ -71,11 +71,12 @@ class Layer:
     tokens: int
     precision: Named
     compiling: str
+    device: torch.device
 
     def __call__(self) -> None:
         """Runs it once, forward and backward."""
         workload = load(self.config, self.tokens, META)
-        layer_pass(workload, self.precision.made(), COMPILING[self.compiling], torch.device("cuda"))()
+        layer_pass(workload, self.precision.made(), COMPILING[self.compiling], self.device)()
 
 
 class _Reached(Exception):

@@ -68,8 +68,9 @@ def parser() -> argparse.ArgumentParser:
         help="of the step: layer by layer and replayed as CUDA graphs (default), layer by layer, or not",
     )  # fmt: skip
     made.add_argument(
-        "--compile-workers", type=int, default=min(cores(), 16),
-        help="processes that compile side by side before anything is timed (default: %(default)s; 0: none)",
+        "--compile-workers", type=int,
+        help="processes that compile side by side before anything is timed; 0: none. Default: as many as CPU cores, "
+        "at most 16; none with --device cpu",
     )  # fmt: skip
     made.add_argument(
         "--seconds", type=float, default=180.0,
@@ -121,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "no CUDA GPU is visible, and this measures one: run it on a machine with an NVIDIA GPU and a PyTorch built "
             f"for it (this one is {torch.__version__}; torch.cuda.is_available() is false)."
         )
+    if args.compile_workers is None:
+        args.compile_workers = min(cores(), 16) if args.device == "cuda" else 0
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU ({platform.machine()}), not a GPU"
     console = Console()
     file = args.output / default_name(gpu)

@@ -86,7 +86,7 @@ class Run:
             configs: As :meth:`measure` will be given them.
             sections: What it will measure of each.
         """
-        if self.device.type != "cuda" or not self.args.compile_workers:
+        if not self.args.compile_workers:
             return
         begin = time.monotonic()
         task = self.bar.add_task("compiling: kernels to compile", total=None)
@@ -100,10 +100,18 @@ class Run:
                 self.compiled.setdefault("errors", []).append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             if config and "step" in sections and self.args.compile != "none":
-                layers += [ahead.Layer(config, self.args.tokens, named, self.args.compile) for named in plan.trained]
+                layers += [
+                    ahead.Layer(config, self.args.tokens, named, self.args.compile, self.device)
+                    for named in plan.trained
+                ]
             if "linear" in sections:
-                linears += [ahead.PeerLinear(plan.tokens, *shape, peer) for shape in plan.shapes for peer in self.peers]
-        torch.cuda.empty_cache()
+                linears += [
+                    ahead.PeerLinear(plan.tokens, *shape, peer, self.device)
+                    for shape in plan.shapes
+                    for peer in self.peers
+                ]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         # Long jobs first, but those that launch our kernels after these.
         jobs: list[Callable[[], object]] = list(
             dict.fromkeys(
