@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_int8.probe import ProbeResult, probe
+from lightning_int8.probe import Method, ProbeResult, probe
 from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv
 
 Step = Callable[[], Tensor]
@@ -52,8 +52,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> ProbeResult:
-    """Runs the command and returns what it measured."""
+def main(argv: Sequence[str] | None = None, compared: Mapping[str, Method] | None = None) -> ProbeResult:
+    """Runs the command and returns what it measured.
+
+    Args:
+        argv: The command line's arguments; those of this process when ``None``.
+        compared: See :func:`lightning_int8.probe.probe`.
+    """
     from rich.console import Console
 
     # As `python -m` does: a console script otherwise sees only installed packages.
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> ProbeResult:
     model.eval()
     console = Console()
     with console.status("Probing …"):
-        result = probe(model, step, ignore_modules=arguments.ignore)
+        result = probe(model, step, compared, ignore_modules=arguments.ignore)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_csv(result, arguments.output / "probe.csv")
     draw(result, arguments.output / "probe.png")
