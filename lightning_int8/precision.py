@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_int8.cuda_graphs import refuse_accumulation
 from lightning_int8.plugin_core import Int8PluginCore, OuterPrecision, clip_grad_norm, clip_grad_value
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.small_layers import MinFeatures
@@ -72,6 +73,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         # "32-true" here: any scaler is made later, when it is known whether gradients are sharded and on what device.
         FSDPPrecision.__init__(self, "32-true")
         self._init_core(recipe, precision, ignore_modules, min_features, keep_weights)
+        self._accumulated = 1
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it. Lightning calls this on every fit, validate, test and predict.
@@ -95,6 +97,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
                 "and optimizer steps. Use Trainer(strategy='fsdp'), 'ddp' or ModelParallelStrategy()."
             )
         self._modules = [module]
+        self._accumulated = 1
         self._bind(strategy.root_device, fsdp1=_is_a("FSDPStrategy", strategy))
         self._outer.convert_module(module)
         self._convert(module)
@@ -108,8 +111,17 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         return super().connect(model, optimizers, lr_schedulers)
 
     def train_step_context(self) -> AbstractContextManager:
-        """Around each micro-batch's ``training_step``."""
+        """Around each micro-batch's ``training_step``.
+
+        Raises:
+            ValueError: Gradients are accumulated with CUDA graphs, which PyTorch does wrongly.
+        """
         outer = self.forward_context()
+        trainer = self._trainer()
+        # Once for each number, which a scheduler may change.
+        if trainer.accumulate_grad_batches != self._accumulated and trainer.strategy.root_device.type == "cuda":
+            self._accumulated = trainer.accumulate_grad_batches
+            refuse_accumulation(self._modules[0], self._accumulated)
         self._refresh_weights()
         return outer
 
