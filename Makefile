@@ -70,7 +70,7 @@ test: $(READY) ## Test with coverage
 		--cov --cov-report=term --cov-report=xml:build/coverage.xml --durations=10 $(ARGS)
 
 gpu-test: $(READY) ## Test on a GPU
-	$(RUN) -m pytest -m gpu -n $(GPU_WORKERS) --durations=10 $(ARGS)
+	$(RUN) -m pytest -m gpu -n $(GPU_WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 bench: $(READY) ## Measure on a GPU
 	$(RUN) -m lightning_int8.bench --config $(or $(CONFIG),$(BENCH_MODELS)) --seconds 300 --output docs/results $(ARGS)

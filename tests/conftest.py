@@ -34,6 +34,8 @@ def _spread_over_gpus(worker: int) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        # Side by side as they are, the longest ones decide when all are done.
+        items.sort(key=lambda item: "slow" not in item.keywords)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; run `make gpu-test` on a machine that has one")
     for item in items:

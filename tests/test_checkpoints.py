@@ -18,6 +18,9 @@ from tests.two_processes import DEVICES, results
 
 RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
 
+# With `--dist loadgroup` one worker takes the whole file, which has one run.
+pytestmark = pytest.mark.xdist_group("checkpoints")
+
 
 @pytest.fixture(scope="module", params=DEVICES)
 def one_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

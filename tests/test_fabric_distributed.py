@@ -11,6 +11,9 @@ from tests.fabric_worker import CLIP, STRATEGIES
 from tests.tiny import assert_same
 from tests.two_processes import DEVICES, launch, logs
 
+# With `--dist loadgroup` one worker takes the whole file, which has one run.
+pytestmark = pytest.mark.xdist_group("fabric")
+
 
 @pytest.fixture(scope="module", params=DEVICES)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

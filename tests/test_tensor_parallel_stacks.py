@@ -15,6 +15,9 @@ from tests.tensor_parallel_stack_worker import CLIP, SAVED, STEPS, VARIANTS, One
 from tests.tiny import assert_same, trainer
 from tests.two_processes import results
 
+# With `--dist loadgroup` one worker takes the whole file, which has one run.
+pytestmark = pytest.mark.xdist_group("tensor_parallel")
+
 
 def on_gpus(count: int) -> Any:
     few = torch.cuda.device_count() < count
