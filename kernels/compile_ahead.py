@@ -119,9 +119,15 @@ def side_by_side(jobs: Sequence[Callable[[], object]], workers: int, seconds: fl
     context = multiprocessing.get_context("spawn")
     with _single_threaded(), context.Pool(min(workers, len(jobs)), _quiet) as pool:
         ended = pool.imap_unordered(_call, enumerate(jobs))
-        with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
+        try:
             while True:
                 yield ended.next(max(0.0, until - time.monotonic()))
+        except StopIteration:
+            # Processes that end by themselves clean up; leaving the pool would kill them.
+            pool.close()
+            pool.join()
+        except multiprocessing.TimeoutError:
+            return
 
 
 @contextlib.contextmanager
