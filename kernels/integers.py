@@ -117,7 +117,7 @@ def _place(columns, B: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def row_planes(
     x,
-    inverse,  # float32 [R], reciprocals of the scales
+    scale,  # float32 [R]
     slot,  # int32 [RB, QB]
     low,
     low_t,
@@ -138,7 +138,7 @@ def row_planes(
     i = _rows_of_block(B, RUN)
     j = tl.arange(0, PART)
     r = row + i
-    factor = tl.load(inverse + r, mask=r < rows, other=1.0)
+    factor = tl.div_rn(1.0, tl.load(scale + r, mask=r < rows, other=1.0))
     v = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c) * factor[:, None]
     bits = _integer_bits(v, None, None, _finite_mask(factor)[:, None])
     _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)

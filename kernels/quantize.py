@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_int8.kernels.integers import block_planes, row_planes
+from lightning_int8.kernels.plain_rows import plain_row_planes
 from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, padded, seed_count
 from lightning_int8.kernels.quantize_launch import (
     SELECT_ROWS,
@@ -59,6 +60,8 @@ def quantize_row(
         ``scale [R]``, ``int_max [R]`` float32.
     """
     x, rows, columns, row_blocks, column_blocks = check(x, block)
+    if capacity == 0 and not transpose and not may_bind(columns) and x.stride(1) == 1 and x.numel() > 0:
+        return _plain_rows(x, block)
     statistics = MatrixStatistics.empty(x, capacity, block)
     if x.numel() > 0:
         with on(x):
@@ -66,6 +69,20 @@ def quantize_row(
                 x, *statistics, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
             )
     return row_from_statistics(x, statistics, state, operand, seed_rate, capacity, block, update, transpose)
+
+
+def _plain_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_row` in one read, where a row's scale depends on nothing but the row: W for the forward."""
+    rows, columns = x.shape
+    new = Allocator(x.device)
+    low, low_t, high, high_t, slot = empty_planes(new, rows, columns, 0, block, False)
+    scale, int_max = new.float32(rows), new.float32(rows)
+    chosen = options("plain_row_planes", block)
+    with on(x):
+        plain_row_planes[(blocks_along(rows, chosen["PART"]),)](
+            x, low, slot, scale, int_max, rows, columns, x.stride(0), B=block, **chosen
+        )
+    return low, low_t, high, high_t, slot, scale, int_max
 
 
 class MatrixStatistics(NamedTuple):
@@ -108,7 +125,7 @@ def row_from_statistics(
     x, rows, columns, row_blocks, column_blocks = check(x, block)
     new = Allocator(x.device)
     low, low_t, high, high_t, slot = empty_planes(new, rows, columns, capacity, block, transpose)
-    scale, inverse, int_max = new.float32(rows), new.float32(rows), new.float32(rows)
+    scale, int_max = new.float32(rows), new.float32(rows)
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
@@ -116,11 +133,11 @@ def row_from_statistics(
     with on(x):
         matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
             statistics.block_amax, operand_state(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
-            slot, None, None, statistics.amax, statistics.weight, int32_limit(columns), scale, inverse, int_max, rows,
-            columns, FALLBACK=fallback, **select_sizes(block, blocks, column_blocks),
+            slot, None, None, statistics.amax, statistics.weight, int32_limit(columns), scale, int_max, rows, columns,
+            FALLBACK=fallback, **select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         row_planes[parts("row_planes", blocks, block)](
-            x, inverse, slot, low, low_t if transpose else None, high if fallback else None,
+            x, scale, slot, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
             B=block, **options("row_planes", block),
         )  # fmt: skip
@@ -171,7 +188,7 @@ def quantize_block(
         )
         matrix_select[(row_blocks, 1)](
             block_amax, operand_state(state, operand), seed_count(blocks, seed_rate), capacity, int(update), slot, seed,
-            scale, None, None, 0.0, None, None, None, rows, columns,
+            scale, None, None, 0.0, None, None, rows, columns,
             FALLBACK=fallback, **select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         block_planes[parts("block_planes", blocks, block)](
@@ -201,7 +218,7 @@ def transposed_integers(x: Tensor, scale: Tensor, block: int) -> Tensor:
     with on(x):
         if scale.dim() == 1:
             row_planes[parts("row_planes", blocks, block)](
-                x, scale.reciprocal(), None, None, low_t, None, None, rows, columns, *x.stride(),
+                x, scale, None, None, low_t, None, None, rows, columns, *x.stride(),
                 B=block, **options("row_planes", block),
             )  # fmt: skip
         else:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
     "swiglu_row_planes": dict(_PLANES),
+    "plain_row_planes": {block: {"num_warps": 4, "PART": 4, "CHUNK": 512} for block in BLOCKS},
     "block_planes": dict(_PLANES),
     "gradient_statistics": {block: {"num_warps": 1, "PART": 1024 // block, "STAGES": 3} for block in BLOCKS},
     "gradient_planes": dict(_PLANES),

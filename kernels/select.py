@@ -172,7 +172,7 @@ def _row_scales(
     weight,  # float32 [QB, R], or None: the INT32 bound cannot bind
     limit,  # float32, `L` of `reference.row_scale` in units of 2^31
     scale,  # float32 [R]
-    inverse,  # float32 [R], reciprocals of the scales
+    inverse,  # float32 [R], reciprocals of the scales, or None
     int_max,  # float32 [R], or None
     FALLBACK: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -209,7 +209,8 @@ def _row_scales(
         s = tl.maximum(s, tl.where(bound <= _INFINITY_BITS, tl.minimum(bound, _INFINITY_BITS - 1), 0))
     tl.store(scale + r, s.to(tl.float32, bitcast=True), mask=r < rows)
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), s.to(tl.float32, bitcast=True))
-    tl.store(inverse + r, factor, mask=r < rows)
+    if inverse is not None:
+        tl.store(inverse + r, factor, mask=r < rows)
     if int_max is not None:
         result = tl.zeros([PART], tl.float32)
         for start in range(0, column_blocks, CHUNK):
@@ -240,7 +241,6 @@ def matrix_select(
     weight,  # float32 [QB, R], or None
     limit,
     scale,  # float32 [R]
-    inverse,  # float32 [R]
     int_max,  # float32 [R]
     rows,
     columns,
@@ -271,7 +271,7 @@ def matrix_select(
         )
     if block_scale is None:
         _row_scales(
-            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, limit, scale, inverse,
+            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, limit, scale, None,
             int_max, FALLBACK, True, B, PART, COLUMN_CHUNK,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ from lightning_int8.kernels.swiglu import _inputs, silu_in
 def swiglu_row_planes(
     gate,
     up,
-    inverse,  # float32 [R], reciprocals of the scales
+    scale,  # float32 [R]
     slot,  # int32 [RB, QB]
     low_t,
     high_t,  # None: no fallback
@@ -49,7 +49,7 @@ def swiglu_row_planes(
     j = tl.arange(0, PART)
     r = row + i
     dtype = gate.dtype.element_ty
-    factor = tl.load(inverse + r, mask=r < rows, other=1.0)
+    factor = tl.div_rn(1.0, tl.load(scale + r, mask=r < rows, other=1.0))
     silu = silu_in(load_tile(gate, row, column, i, j, rows, columns, columns, 1), dtype)
     h = (silu * load_tile(up, row, column, i, j, rows, columns, columns, 1)).to(dtype).to(tl.float32)
     bits = _integer_bits(h * factor[:, None], None, None, _finite_mask(factor)[:, None])
@@ -84,7 +84,7 @@ def swiglu_planes(
     blocks = blocks_along(rows, block) * blocks_along(columns, block)
     with on(gate):
         swiglu_row_planes[parts("swiglu_row_planes", blocks, block)](
-            gate, up, scale.reciprocal(), slot, low_t, high_t if capacity > 0 else None, rows, columns,
+            gate, up, scale, slot, low_t, high_t if capacity > 0 else None, rows, columns,
             B=block, **options("swiglu_row_planes", block),
         )  # fmt: skip
     return low_t, high_t

@@ -23,6 +23,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     state = torch.zeros(3, 4)
     capacity = 5 if fallback else 0
     quantize.quantize_row(x, state, 0, 0.2, capacity, block, True, not transposed)
+    quantize.quantize_row(x, None, 0, 0.0, 0, block, False, False)
     quantize.quantize_block(x, state, 0, 0.2, capacity, block, True, True, stochastic)
     quantize.transposed_integers(x, torch.empty(rows), block)
     quantize.transposed_integers(x, torch.empty(-(-rows // block), -(-columns // block)), block)

@@ -234,6 +234,16 @@ else:
                     wanted, got = wanted[:capacity], got[:capacity]
                 assert_close(str(i), wanted, got, EXACT, check_dtype=True)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_rows_longer_than_one_step(dtype):
+        x = torch.randn(35, 1100)
+        x[1], x[2, 3], x[3, 1099], x[34] = 0.0, float("nan"), float("inf"), x[34] * 1e-6
+        x = x.to(dtype)
+        wanted = reference.quantize_row(x, None, 0, 0.0, 0, 32, False, False)
+        got = quantize.quantize_row(x.to(DEVICE), None, 0, 0.0, 0, 32, False, False)
+        for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+            assert_close(str(i), a, b, EXACT, check_dtype=True)
+
     def test_ties_among_many_blocks(monkeypatch):
         # More blocks than the selection takes in one step, and more that exceed the threshold than have room.
         sizes = quantize.select_sizes
