@@ -26,10 +26,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from examples.study.corpus import prepare
+from examples.study.corpus import describe, prepare
 from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, work_off
 from examples.study.results import write_results
+from examples.text import TokenCache
 
 SHARED = Path(__file__).parent / "study.yaml"
 
@@ -107,7 +108,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     shared = next(iter(by_study.values()))[0]
     devices = _devices(arguments.devices, shared["accelerator"])
     caches = prepare((run.corpus for run in runs), shared["data"])
-    say("tokens: " + ", ".join(f"{corpus} {folder}" for corpus, folder in caches.items()))
+    for corpus, folder in caches.items():
+        say(f"{corpus}: {describe(TokenCache(Path(folder)))}")
     jobs = {
         (study, run.name): Job(
             run.name,

@@ -23,6 +23,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 # Longer files are tables and generated code.
 MAX_FILE_CHARS = 200_000
+# Beside the tokens: the names of the files they come from.
+FILES = "files.txt"
 
 
 def _files(corpus: Corpus) -> Iterator[tuple[str, Path]]:
@@ -114,7 +116,9 @@ class StudyData(TextDataModule):
                 }
                 tokenizer = StudyData("python", self.max_bytes, **options)._build().tokenizer
             texts = collect(self.corpus, self.max_bytes)
-            _OPENED[key] = TokenCache.build(texts, self.vocab_size, self.val_fraction, self.cache_dir, tokenizer)
+            cache = TokenCache.build(texts, self.vocab_size, self.val_fraction, self.cache_dir, tokenizer)
+            (cache.path / FILES).write_text("".join(f"{name}\n" for name in texts))
+            _OPENED[key] = cache
         return _OPENED[key]
 
 
@@ -130,6 +134,13 @@ def prepare(corpora: Iterable[Corpus], data: Mapping[str, Any]) -> dict[str, str
         data: Arguments of :class:`StudyData`.
     """
     return {corpus: str(StudyData(corpus, **data)._build().path) for corpus in sorted(set(corpora), reverse=True)}
+
+
+def describe(cache: TokenCache) -> str:
+    """How much text a corpus is."""
+    files = len((cache.path / FILES).read_text().splitlines())
+    train, held_out = (len(cache.tokens(split)) for split in ("train", "val"))
+    return f"{files:,} files, {train:,} tokens and {held_out:,} held out, in {cache.path}"
 
 
 def open_caches(caches: Mapping[str, str], data: Mapping[str, Any]) -> None:
