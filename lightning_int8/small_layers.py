@@ -15,14 +15,15 @@ from lightning_int8.recipe import Int8Recipe
 
 MinFeatures = int | Literal["auto"]
 
-# Least effective features by compute capability and scaling: measured with `lightning-int8-bench` over 16,384 tokens,
-# bf16-mixed, a fifth of the blocks falling back, nothing shared with siblings. Fewer tokens leave the GPU partly idle
-# and move it up. For another GPU, `lightning-int8-bench --sections linear` ends with the number to put here.
-MEASURED: dict[tuple[int, int], dict[str, int]] = {
-    # H100, docs/results/2026-11-22-H100-bench.md, which has weights in BF16. `row`: at 3276.8 (2048 → 8192 and back)
-    # 0.98 and 1.00 times BF16; the casts of float32 weights that BF16 needs are reckoned to add 0.02 (docs/log.md), so
-    # the line is drawn there. `block` loses up to 8192, the largest that was measured.
-    (9, 0): {"row": 3276, "block": 16384},
+# Least effective features by compute capability, scaling and rate of fallback blocks: measured with
+# `lightning-int8-bench` over 16,384 tokens, bf16-mixed, nothing shared with siblings; what siblings share (q/k/v, gate
+# and up) makes them gain from less on. Fewer tokens leave the GPU partly idle and move it up. For another GPU,
+# `lightning-int8-bench --sections linear` ends with the number to put here.
+MEASURED: dict[tuple[int, int], dict[str, dict[float, int]]] = {
+    # H100, docs/results/2026-11-22-H100-bench.md. `row` at 0.2: 3072 → 3072 takes 0.94 times BF16's speed, 2048 → 8192
+    # (3276.8) 1.01 and all larger ones more; at 0.1: 2048 → 2048 0.95, 2560 → 2560 1.06. `block` loses up to 8192, the
+    # largest that was measured.
+    (9, 0): {"row": {0.1: 2560, 0.2: 3276}, "block": {0.2: 16384}},
 }
 # For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
 UNMEASURED = 8192
@@ -31,6 +32,13 @@ UNMEASURED = 8192
 def effective_features(in_features: int, out_features: int) -> float:
     """The harmonic mean of a layer's features: the width of the square layer that gains as much."""
     return 2 * in_features * out_features / (in_features + out_features)
+
+
+def expected_rate(recipe: Int8Recipe) -> float:
+    """The rate of fallback blocks that a recipe's thresholds settle at."""
+    if recipe.budget is not None:
+        return recipe.budget
+    return max(sum(recipe.activation_band), sum(recipe.gradient_band)) / 2
 
 
 def check_min_features(min_features: MinFeatures) -> MinFeatures:
@@ -63,7 +71,9 @@ def least_features(min_features: MinFeatures, recipe: Int8Recipe, device: torch.
         device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability(device)
     name = f"sm_{capability[0]}{capability[1]}"
-    measured = MEASURED.get(capability, {}).get(recipe.scaling) if recipe.block_size == 128 else None
+    by_rate = MEASURED.get(capability, {}).get(recipe.scaling, {}) if recipe.block_size == 128 else {}
+    # Fallback only costs, so what was measured at a higher rate is safe.
+    measured = next((by_rate[rate] for rate in sorted(by_rate) if rate >= expected_rate(recipe) - 1e-6), None)
     if measured is None:
         return UNMEASURED, f"min_features='auto', {UNMEASURED} where nothing was measured ({name}, {recipe.describe()})"
     return measured, f"min_features='auto', {measured} on {name}"

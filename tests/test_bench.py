@@ -34,9 +34,13 @@ def test_rounds_run_everything_in_turn_after_the_warmup() -> None:
     times = timing.interleaved({n: lambda n=n: order.append(n) for n in "ab"}, CPU, rounds=3, warmup=1)
     assert "".join(order) == "ab" * 4
     assert set(times) == {"a", "b"}
-    order.clear()
-    timing.interleaved({n: lambda n=n: order.append(n) for n in "ab"}, CPU, rounds=1, warmup=0, steady=True)
-    assert "".join(order) == "aabb"
+
+
+def test_runs_in_a_row_are_timed_after_the_warmup() -> None:
+    waits = iter([0.2, 0.0, 0.05, 0.05, 0.3])
+    milliseconds = timing.in_a_row(lambda: timing.time.sleep(next(waits)), CPU, rounds=3, warmup=2)
+    assert 40 < milliseconds < 150
+    assert list(waits) == []
 
 
 def test_the_median_is_of_what_was_run() -> None:

@@ -40,7 +40,7 @@ def test_auto_takes_what_was_measured_for_the_gpu_and_the_scaling(monkeypatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(small_layers, "MEASURED", {(9, 0): {"row": 100}})
+    monkeypatch.setattr(small_layers, "MEASURED", {(9, 0): {"row": {0.1: 50, 0.2: 100}}})
     cuda = torch.device("cuda", 0)
     # Fabric converts a model before it moves it.
     assert small_layers.least_features("auto", resolve_recipe("row"), torch.device("cpu"))[0] == 100
@@ -48,7 +48,11 @@ def test_auto_takes_what_was_measured_for_the_gpu_and_the_scaling(monkeypatch) -
         100,
         "min_features='auto', 100 on sm_90",
     )
-    for recipe in ("block", {"block_size": 64}):
+    band = {"activation_band": (0.05, 0.15), "gradient_band": (0.0, 0.1)}
+    budget = {"budget": 0.1, "activation_band": (0.0, 0.4), "gradient_band": (0.0, 0.4)}
+    for recipe in (band, budget, {"activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)}):
+        assert small_layers.least_features("auto", resolve_recipe(recipe), cuda)[0] == 50
+    for recipe in ("block", {"block_size": 64}, {"gradient_band": (0.2, 0.4)}):
         least, source = small_layers.least_features("auto", resolve_recipe(recipe), cuda)
         assert least == small_layers.UNMEASURED
         assert "nothing was measured" in source

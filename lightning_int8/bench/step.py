@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from lightning_int8.bench.precisions import Precision
-from lightning_int8.bench.timing import Clock, interleaved, kernel_times, low_precision_share, seconds
+from lightning_int8.bench.timing import Clock, in_a_row, kernel_times, low_precision_share, seconds
 from lightning_int8.bench.workload import Workload
 from lightning_int8.threshold import RATE, FallbackState, fallback_states, update_thresholds
 
+# Steps before the timed ones in which thresholds find their bands: their first values are those of a first batch.
+SETTLING = 20
 # `torch.compile`'s mode, by what the command line calls it.
 COMPILING = {"graphs": "reduce-overhead", "layers": "default", "none": None}
 
@@ -72,7 +74,7 @@ def measure(
         compiling: A key of ``COMPILING``. Each repeated layer is compiled; the whole model where there is none.
         clock: No other precision is begun that, as slow as the slowest before, would end past ``until`` of it.
         until: A fraction of the clock's time.
-        steps: Steps to time, each behind another, after five of warm-up.
+        steps: Steps to time, one behind the other.
         report: Told what is done.
 
     Returns:
@@ -116,7 +118,7 @@ def _measure_one(workload: Workload, precision: Precision, compiling: str, steps
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cell: dict[str, Any] = {"first_step_s": seconds(step, device)}
-    cell["ms"] = interleaved({precision.name: step}, device, steps, steady=True)[precision.name]
+    cell["ms"] = in_a_row(step, device, steps, SETTLING if fallback_states(model) else 2)
     if device.type == "cuda":
         cell["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if kernels := kernel_times(step, device):

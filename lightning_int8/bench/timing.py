@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -50,9 +51,7 @@ class Clock:
         return self.spent + expected < self._from + fraction * (self.seconds - self._from)
 
 
-def interleaved(
-    runs: Mapping[str, Run], device: torch.device, rounds: int = 10, warmup: int = 2, steady: bool = False
-) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Run], device: torch.device, rounds: int = 10, warmup: int = 2) -> dict[str, float]:
     """Median milliseconds of each run.
 
     Each round runs all of them once, so that clock, power and memory are alike for all.
@@ -61,19 +60,13 @@ def interleaved(
         runs: What to time, by name.
         device: Where they run. On a GPU its own time is taken, from the start of a run's work to the end.
         rounds: How often.
-        warmup: Rounds before those.
-        steady: Time each run right behind another of its own, as in a training loop, so that what the host takes longer
-            than the GPU shows. Otherwise the GPU waits until the host has filled its queue.
+        warmup: Rounds before those. In each the GPU waits until the host has filled its queue.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(warmup + rounds):
         pairs = []
-        if not steady:
-            _head_start(device)
+        _head_start(device)
         for name, run in runs.items():
-            if steady:
-                _synchronize(device)
-                run()
             begin = _mark(device)
             run()
             pairs.append((name, begin, _mark(device)))
@@ -82,6 +75,21 @@ def interleaved(
             for name, begin, end in pairs:
                 times[name].append(_milliseconds(begin, end))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_a_row(run: Run, device: torch.device, rounds: int, warmup: int) -> float:
+    """Median milliseconds of runs that follow one another, as in a training loop.
+
+    What the host takes longer than the GPU shows. ``warmup``: how many are run before those.
+    """
+    for _ in range(warmup):
+        run()
+    marks = [_mark(device)]
+    for _ in range(rounds):
+        run()
+        marks.append(_mark(device))
+    _synchronize(device)
+    return statistics.median(_milliseconds(begin, end) for begin, end in itertools.pairwise(marks))
 
 
 def _head_start(device: torch.device) -> None:
