@@ -110,7 +110,7 @@ class LeveredLinear(torch.autograd.Function):
             a = levers.equalize
             e = x.abs().amax(0).clamp_min(1e-12) ** a / weight.abs().amax(0).clamp_min(1e-12) ** (1 - a)
         q_x, s = quantize(x / e, levers.rate_x, levers.block, folded=True)
-        q_w, t = quantize(weight * e, levers.rate_w, levers.block)
+        q_w, t = quantize(weight * e, levers.rate_w, levers.block, folded=True)
         ctx.save_for_backward(q_x, s[:, :1], q_w, t[:, :1], e)
         ctx.levers = levers
         ctx.shape = shape

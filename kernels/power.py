@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -45,19 +43,14 @@ def measure_power(
         sample = sample * row_scale[::distance, None]
     if column_scale is not None:
         sample = sample * column_scale
-    one = _inverse(x.device, 1)
     power = torch.linalg.vector_norm(sample, dtype=torch.float32)
-    error = torch.zeros_like(power) if step is None else torch.linalg.vector_norm(step)
-    norms = torch.stack([power, error, one[0]])
-    sizes = (sample.numel(), 1 if step is None else step.numel(), 1)
-    state[operand, POWER_SUM : POWER_COUNT + 1].addcmul_(norms, norms * _inverse(x.device, *sizes))
-
-
-@functools.lru_cache(maxsize=256)
-def _inverse(device: torch.device, *sizes: int) -> Tensor:
-    """Kept on the device, since a copy from the host in every call would cost more than the sums."""
-    with torch.inference_mode(False):
-        return torch.tensor([1.0 / size for size in sizes], device=device)
+    # Sizes go to the kernels as numbers: a tensor kept from one call to the next would lie in a CUDA graph's memory.
+    sums = state[operand]
+    sums[POWER_SUM].addcmul_(power, power, value=1.0 / sample.numel())
+    if step is not None:
+        error = torch.linalg.vector_norm(step)
+        sums[STEP_SUM].addcmul_(error, error, value=1.0 / step.numel())
+    sums[POWER_COUNT].add_(1.0)
 
 
 @measure_power.register_fake
