@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.train_step import MODELS
+from benchmarks.train_step import MODELS, next_token_loss
 from examples.llama import Llama, LlamaConfig
-from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
+from lightning_int8 import convert_to_int8
+from lightning_int8.bench.step import make_step
 
 # Strategies, and torch.compile's mode for each layer under them. FSDP2 gathers weights wherever there is room, where a
 # CUDA graph would not find them.
@@ -62,7 +63,6 @@ def measure(
         model = Llama(config)
     if recipe is not None:
         convert_to_int8(model, recipe, ignore_modules=["lm_head"])
-    states = list(fallback_states(model).values())
     for layer in model.layers if mode else ():
         layer.compile(mode=mode)
     forward = wrap(model, strategy)
@@ -70,24 +70,19 @@ def measure(
     torch.manual_seed(dist.get_rank())
     ids = torch.randint(config.vocab_size, (tokens // config.max_seq_len, config.max_seq_len + 1), device=device)
     group = alone if strategy == "one" else None
+    step = make_step(partial(next_token_loss, forward, ids), model, optimizer, group)
     times = []
-    for step in range(3 + steps):
+    for i in range(3 + steps):
         synchronize(device)
         start = time.perf_counter()
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_thresholds(states, group)
+        step()
         synchronize(device)
-        if step >= 3:
+        if i >= 3:
             times.append(1e3 * (time.perf_counter() - start))
     peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     worst = torch.tensor([statistics.median(times), peak], device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
-    del model, forward, optimizer, loss
+    del model, forward, optimizer, step
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

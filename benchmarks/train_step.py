@@ -11,16 +11,20 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
-from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
+from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8.bench.step import make_step
 from lightning_int8.bench.timing import kernel_times
 from lightning_int8.threshold import RATE
 
@@ -35,6 +39,11 @@ MODELS = {
         vocab_size=32768, dim=4096, n_layers=6, n_heads=32, n_kv_heads=8, ffn_dim=14336, max_seq_len=2048
     ),
 }
+
+
+def next_token_loss(model: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """Mean cross-entropy of each token after the ones before it, of ids ``[batch, length + 1]``."""
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
 def measure(
@@ -61,18 +70,7 @@ def measure(
             layer.compile(mode=mode)
     batch = tokens // config.max_seq_len
     ids = torch.randint(config.vocab_size, (batch, config.max_seq_len + 1), device="cuda")
-
-    def step() -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = forward(ids[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_thresholds(states)
-        return loss
-
+    step = make_step(partial(next_token_loss, forward, ids), model, optimizer)
     name = recipe or "bf16"
     step()
     torch.cuda.synchronize()

@@ -28,7 +28,8 @@ def seconds_here(config: str, recipe: Int8Recipe | None, tokens: int, device: to
     workload = load(config, tokens, device)
     chosen = precisions([] if recipe is None else [recipe], [])[-1]
     model = chosen.convert(workload.model, workload.ignore_modules)
-    step = make_step(workload, model, torch.optim.AdamW(model.parameters(), fused=True))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = make_step(lambda: workload.loss(model, workload.batch), model, optimizer)
     return seconds(step, device)
 
 

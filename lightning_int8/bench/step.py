@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_int8.bench.precisions import Precision
 from lightning_int8.bench.timing import Clock, in_a_row, kernel_times, low_precision_share, seconds
@@ -39,20 +39,31 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return list(found(model))
 
 
-def make_step(workload: Workload, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """One training step of ``model`` on the workload's batch."""
-    states = list(fallback_states(model).values())
+def make_step(
+    loss: Callable[[], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, group: Any = None
+) -> Callable[[], Tensor]:
+    """One training step, which returns its loss.
 
-    def step() -> None:
+    Args:
+        loss: The forward; it runs under BF16 autocast.
+        model: Whose thresholds move after the step.
+        optimizer: Of the model's parameters.
+        group: The process group whose ranks share thresholds; ``None``: all.
+    """
+    states = list(fallback_states(model).values())
+    device_type = next(model.parameters()).device.type
+
+    def step() -> Tensor:
         # Where graphs are replayed, they may take the memory of the step before.
         torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(workload.device.type, torch.bfloat16):
-            loss = workload.loss(model, workload.batch)
-        loss.backward()
+        with torch.autocast(device_type, torch.bfloat16):
+            value = loss()
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if states:
-            update_thresholds(states)
+            update_thresholds(states, group)
+        return value
 
     return step
 
@@ -114,7 +125,8 @@ def _measure_one(workload: Workload, precision: Precision, compiling: str, steps
     mode = COMPILING[compiling]
     for layer in (repeated_layers(model) or [model]) if mode else ():
         layer.compile(mode=mode)
-    step = make_step(workload, model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    step = make_step(lambda: workload.loss(model, workload.batch), model, optimizer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     cell: dict[str, Any] = {"first_step_s": seconds(step, device)}
