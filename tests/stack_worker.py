@@ -1,13 +1,12 @@
 """One of two processes: two Llamas under DDP, FSDP1 and FSDP2, compiled and checkpointed, for `test_stacks.py`.
 
 Started with torchrun's environment variables: `python -m tests.stack_worker FOLDER DEVICE PART...`; DEVICE is `cpu` or
-`gpu`, PART a strategy or `graphs`.
+`gpu`, PART a strategy, `graphs` or `others`.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from torch.utils.data import DataLoader
 
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import FallbackInt8Precision
+from tests import foreign_models
 from tests.distributed_worker import CpuFSDPStrategy
 from tests.tiny import GPU_RECIPE, trainer
 from tests.two_processes import add_up_in_order
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-MODELS = ("ours", "transformers")
+MODELS = ("ours", "llama")
+# Of transformers and PyTorch.
+OTHERS = ("qwen2", "mistral", "gpt2", "bert", "vit", "encoder")
 STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 VARIANTS = ("eager", "checkpointed", "compiled")
 # Of FSDP2 alone: weights kept after the forward, the model made on the meta device, weights gathered in bfloat16.
@@ -41,7 +41,12 @@ CELLS = [
     *itertools.product(["ours"], STRATEGIES, ["compiled and checkpointed"]),
     *itertools.product(["ours"], ["fsdp2"], FSDP2_VARIANTS),
 ]
-GRAPHS = [("ours", "ddp", "eager"), ("ours", "ddp", "graphs")]
+OTHER_CELLS = [
+    *itertools.product(OTHERS, STRATEGIES, ["eager"]),
+    *itertools.product(OTHERS[:-1], ["ddp"], ["compiled and checkpointed"]),
+    ("encoder", "ddp", "compiled"),
+]
+PARTS = {"graphs": [("ours", "ddp", "eager"), ("ours", "ddp", "graphs")], "others": OTHER_CELLS}
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 4, 32, 128
 
 
@@ -54,15 +59,29 @@ def ours(checkpointed: bool) -> nn.Module:
     )  # fmt: skip
 
 
-def transformers(checkpointed: bool) -> nn.Module:
-    import transformers
+class Other(nn.Module):
+    """One of `foreign_models.py`, from token ids to logits of the last tokens."""
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, vocab_size=VOCABULARY, num_key_value_heads=2, use_cache=False)
-    model = transformers.LlamaForCausalLM(config)
-    if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    def __init__(self, name: str, checkpointed: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.model = getattr(foreign_models, name)()
+        if name == "encoder":
+            self.embedding, self.head = nn.Embedding(VOCABULARY, 64), nn.Linear(64, VOCABULARY)
+            return
+        # Each layer would compile anew for its place in the cache.
+        self.model.config.use_cache = False
+        if checkpointed:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.name == "encoder":
+            return self.head(self.model(self.embedding(tokens)))
+        if self.name == "vit":
+            # An image of the ids; its class stands for the last token.
+            pixels = (tokens / VOCABULARY).repeat(1, 3 * 16 * 16 // LENGTH).view(-1, 3, 16, 16)
+            return self.model(pixel_values=pixels).logits[:, None]
+        return self.model(input_ids=tokens).logits
 
 
 class Module(pl.LightningModule):
@@ -70,11 +89,14 @@ class Module(pl.LightningModule):
         super().__init__()
         torch.manual_seed(1)
         self.variant = variant
-        self.model = {"ours": ours, "transformers": transformers}[model]("checkpointed" in variant)
-        self.layers = list(self.model.layers if model == "ours" else self.model.model.layers)
+        checkpointed = "checkpointed" in variant
+        self.model = ours(checkpointed) if model == "ours" else Other(model, checkpointed)
+        # Each of these models has one list, of its two layers.
+        (self.layers,) = (list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList))
         if "compiled" in variant:
-            for layer in self.layers:
-                layer.compile(backend="aot_eager")
+            # PyTorch compiles its own encoder's layers inside of another module only.
+            for module in [self.model] if model == "encoder" else self.layers:
+                module.compile(backend="aot_eager")
         if variant == "graphs":
             for layer in self.layers:
                 layer.compile(mode="reduce-overhead")
@@ -83,9 +105,8 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        logits = self.model(batch[:, :-1])
-        logits = logits if isinstance(logits, Tensor) else logits.logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        logits = self.model(batch[:, :-1]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, -logits.shape[1] :].flatten() % logits.shape[2])
         self.losses.append(loss.item())
         return loss
 
@@ -143,7 +164,7 @@ def main() -> None:
     folder, device, parts = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
     add_up_in_order(device)
-    cells = [cell for part in parts for cell in CELLS if cell[1] == part] + (GRAPHS if "graphs" in parts else [])
+    cells = [cell for part in parts for cell in PARTS.get(part) or [c for c in CELLS if c[1] == part]]
     results = {", ".join(cell): run(folder, device, *cell) for cell in cells}
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()

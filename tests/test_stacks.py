@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 @pytest.fixture(scope="module", params=DEVICES)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     device = request.param
-    parts = [[name] for name in STRATEGIES] + ([["graphs"]] if device == "gpu" else [])
+    parts = [[name] for name in STRATEGIES] + [["graphs" if device == "gpu" else "others"]]
     return results("tests.stack_worker", tmp_path_factory.mktemp("stacks"), device, parts)
 
 
