@@ -55,9 +55,16 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[str], str]
     yield "one linear, smaller", lambda head: ratios(small, head)
     for line in results["step"]:
         cells = line["cells"]
+        least = f", min_features={line['min_features']}" if line["min_features"] else ""
         yield (
-            f"training step, {line['model']}, {HOW[line['compiling']]}",
+            f"training step, {line['model']}, {HOW[line['compiling']]}{least}",
             lambda head, cells=cells: ratios([cells], head),
+        )
+        yield (
+            "mean fallback rate in it",
+            lambda head, cells=cells: (
+                f"{cells[head]['fallback_rate']:.2f}" if "fallback_rate" in cells.get(head, {}) else "–"
+            ),
         )
         if cells["bf16"].get("peak_gib"):
             yield (

@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument(
         "--compile-workers", type=int,
-        help="processes that compile side by side before anything is timed; 0: none. Default: as many as CPU cores, "
-        "at most 16; none with --device cpu",
+        help="processes that compile side by side before anything is timed; 0: none. Default: one a CPU core and 4 GiB "
+        "of the GPU's memory, at most 16; none with --device cpu",
     )  # fmt: skip
     made.add_argument(
         "--seconds", type=float, default=180.0,
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"for it (this one is {torch.__version__}; torch.cuda.is_available() is false)."
         )
     if args.compile_workers is None:
-        args.compile_workers = min(cores(), 16) if args.device == "cuda" else 0
+        args.compile_workers = default_workers() if args.device == "cuda" else 0
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU ({platform.machine()}), not a GPU"
     console = Console()
     file = args.output / default_name(gpu)
@@ -155,6 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = write(results, file)
     console.print("Wrote " + ", ".join(map(str, written)), highlight=False)
     return 0
+
+
+def default_workers() -> int:
+    """How many processes compile: each runs layers on the GPU."""
+    return min(cores(), 16, max(1, torch.cuda.get_device_properties().total_memory >> 32))
 
 
 def default_name(gpu: str) -> str:
