@@ -19,7 +19,9 @@ from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
 _library = torch.library.Library("lightning_int8", "DEF")
 
 
-def _define(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+def _define(
+    name: str, mutates: Sequence[str] = (), tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Makes a function the op ``lightning_int8::name``, with the schema that its annotations say.
 
     ``torch.library.custom_op`` would do the same with four Python frames around each call for autograd, which these ops
@@ -28,7 +30,7 @@ def _define(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., A
 
     def define(function: Callable[..., Any]) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(name, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.lightning_int8, name).default
 
@@ -254,7 +256,8 @@ def _flat(a: QuantizedMatrix) -> tuple[Tensor, Tensor | None, Tensor | None, Ten
     return a.low, a.high, a.slot, a.scale
 
 
-@_define("split_outlier_columns")
+# Inductor leaves it out of CUDA graphs, which cannot wait for the host.
+@_define("split_outlier_columns", tags=[torch.Tag.cudagraph_unsafe])
 def split_outlier_columns(x: Tensor, weight: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """LLM.int8()'s decomposition (arXiv 2208.07339): columns of X with outliers are multiplied in X's own dtype.
 
