@@ -1,6 +1,6 @@
 """Times one training step, INT8 against BF16 in the same run: compiled by layer, AdamW fused, everything included.
 
-`python -m benchmarks.train_step --model 1b --recipes row block --json docs/results/step.json`
+`python -m benchmarks.train_step --model 1b --recipes row '{"recompute_swiglu": "all"}' --json docs/results/step.json`
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
-from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8 import Int8Recipe, fallback_states
+from lightning_int8.bench.cli import recipe
+from lightning_int8.bench.precisions import TORCHAO, Precision, precisions
 from lightning_int8.bench.step import make_step
 from lightning_int8.bench.timing import kernel_times
 from lightning_int8.threshold import RATE
@@ -47,9 +49,9 @@ def next_token_loss(model: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
 
 
 def measure(
-    config: LlamaConfig, recipe: str | None, tokens: int, steps: int, compiling: str, mode: str, profile: bool
+    config: LlamaConfig, precision: Precision, tokens: int, steps: int, compiling: str, mode: str, profile: bool
 ) -> dict:
-    """Median milliseconds of a step, peak GiB and last loss; ``recipe`` ``None`` is BF16 mixed precision.
+    """Median milliseconds of a step, peak GiB and last loss, all but the head in ``precision``.
 
     ``compiling``: ``layers`` compiles one decoder layer and runs it for all, ``whole`` the model as one program, whose
     compile time grows with its depth, ``none`` neither. ``mode`` is `torch.compile`'s; ``reduce-overhead`` replays CUDA
@@ -59,9 +61,7 @@ def measure(
     began = time.perf_counter()
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Llama(config)
-    if recipe is not None:
-        convert_to_int8(model, recipe, ignore_modules=["lm_head"])
+        model = precision.convert(Llama(config), ["lm_head"])
     states = list(fallback_states(model).values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model, mode=mode) if compiling == "whole" else model
@@ -71,7 +71,6 @@ def measure(
     batch = tokens // config.max_seq_len
     ids = torch.randint(config.vocab_size, (batch, config.max_seq_len + 1), device="cuda")
     step = make_step(partial(next_token_loss, forward, ids), model, optimizer)
-    name = recipe or "bf16"
     step()
     torch.cuda.synchronize()
     first = time.perf_counter() - began
@@ -79,7 +78,7 @@ def measure(
         step()
     torch.cuda.synchronize()
     times = []
-    for _ in track(range(steps), description=name):
+    for _ in track(range(steps), description=precision.name):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         loss = step()
@@ -87,7 +86,7 @@ def measure(
         times.append((start, end))
     torch.cuda.synchronize()
     result = {
-        "name": name,
+        "name": precision.name,
         "ms": statistics.median(start.elapsed_time(end) for start, end in times),
         # What CUDA graphs keep for their next replay is reserved, not allocated.
         "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
@@ -103,7 +102,10 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="1b")
-    parser.add_argument("--recipes", nargs="*", default=["row"])
+    parser.add_argument(
+        "--recipes", nargs="*", type=recipe, default=[Int8Recipe()], help="presets, or recipes' fields as JSON"
+    )
+    parser.add_argument("--peers", nargs="*", choices=TORCHAO, default=[], help="torchao's")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step")
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after 3 of warm-up")
     parser.add_argument("--compile", choices=["layers", "whole", "none"], default="layers", help="torch.compile")
@@ -113,9 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=140)
     results = []
-    for recipe in [None, *args.recipes]:
+    for precision in precisions(args.recipes, args.peers):
         results.append(
-            measure(MODELS[args.model], recipe, args.tokens, args.steps, args.compile, args.mode, args.profile)
+            measure(MODELS[args.model], precision, args.tokens, args.steps, args.compile, args.mode, args.profile)
         )
         torch._dynamo.reset()
         gc.collect()
