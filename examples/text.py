@@ -177,8 +177,8 @@ def _write_tokens(file: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
     end = tokenizer.token_to_id(END_OF_TEXT)
     dtype = _token_dtype(tokenizer.get_vocab_size())
     with open(file, "wb") as out:
-        for start in range(0, len(texts), 256):
-            for encoding in tokenizer.encode_batch_fast(texts[start : start + 256]):
+        for start in range(0, len(texts), 2048):
+            for encoding in tokenizer.encode_batch_fast(texts[start : start + 2048]):
                 np.array([*encoding.ids, end], dtype=dtype).tofile(out)
         out.flush()
         os.fsync(out.fileno())
