@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import Int8Recipe, fallback_states
 from lightning_int8.bench.cli import recipe
-from lightning_int8.bench.precisions import TORCHAO, Precision, precisions
+from lightning_int8.bench.precisions import TORCHAO, Precision, precisions, versions
 from lightning_int8.bench.step import make_step
 from lightning_int8.bench.timing import kernel_times
 from lightning_int8.threshold import RATE
@@ -68,22 +68,24 @@ def measure(
     if compiling == "layers":
         for layer in model.layers:
             layer.compile(mode=mode)
-    batch = tokens // config.max_seq_len
-    ids = torch.randint(config.vocab_size, (batch, config.max_seq_len + 1), device="cuda")
-    step = make_step(partial(next_token_loss, forward, ids), model, optimizer)
+    # New tokens each step: gradients of a batch that is known by heart are like no others.
+    shape = 3 + steps, tokens // config.max_seq_len, config.max_seq_len + 1
+    batches = itertools.cycle(torch.randint(config.vocab_size, shape, device="cuda").unbind())
+    step = make_step(lambda: next_token_loss(forward, next(batches)), model, optimizer)
     step()
     torch.cuda.synchronize()
     first = time.perf_counter() - began
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    times = []
+    times, rates = [], []
     for _ in track(range(steps), description=precision.name):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         loss = step()
         end.record()
         times.append((start, end))
+        rates += [state.tensor[:, RATE] for state in states if state.tensor is not None]
     torch.cuda.synchronize()
     result = {
         "name": precision.name,
@@ -91,11 +93,11 @@ def measure(
         # What CUDA graphs keep for their next replay is reserved, not allocated.
         "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
         "first_step_s": first,
-        "fallback_rate": float(torch.cat([s.tensor[:, RATE] for s in states]).nanmean()) if states else None,
+        "fallback_rate": float(torch.cat(rates).nanmean()) if rates else None,
         "loss": loss.item(),
     }
     if profile:
-        result["kernels"] = dict(list(kernel_times(step, ids.device).items())[:25])
+        result["kernels"] = dict(list(kernel_times(step, torch.device("cuda")).items())[:25])
     return result
 
 
@@ -114,6 +116,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
     console = Console(width=140)
+    header = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "arguments": {k: str(v) for k, v in vars(args).items()},
+    }
     results = []
     for precision in precisions(args.recipes, args.peers):
         results.append(
@@ -122,6 +129,9 @@ def main() -> None:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({**header, "results": results}, indent=1))
     base = results[0]
     title = f"{args.model}, {args.tokens} tokens, compile={args.compile} ({args.mode}), {torch.cuda.get_device_name()}"
     table = Table(title=title)
@@ -142,14 +152,6 @@ def main() -> None:
     for r in results:
         for kernel, ms in r.get("kernels", {}).items():
             console.print(f"{r['name']:>8} {ms:9.2f} ms  {kernel[:90]}", highlight=False)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "device": torch.cuda.get_device_name(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "arguments": {k: str(v) for k, v in vars(args).items()},
-        }
-        args.json.write_text(json.dumps({**header, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
