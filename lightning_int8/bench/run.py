@@ -19,7 +19,7 @@ from lightning_int8.bench.roofline import peak_of
 from lightning_int8.bench.timing import Clock, copy_bandwidth
 from lightning_int8.bench.workload import Workload, load
 from lightning_int8.kernels import backends
-from lightning_int8.kernels.compile_ahead import Kernel, noted, side_by_side
+from lightning_int8.kernels.compile_ahead import noted, side_by_side
 from lightning_int8.recipe import PRESETS, Int8Recipe
 from lightning_int8.small_layers import MinFeatures
 
@@ -89,40 +89,41 @@ class Run:
         if not self.args.compile_workers:
             return
         begin = time.monotonic()
-        task = self.bar.add_task("compiling: kernels to compile", total=None)
-        kernels, layers, linears = [], [], []
-        for config in configs:
-            try:
-                workload = load(config, self.args.tokens, ahead.META) if config else None
-                plan = self._plan(workload)
-                kernels += self._kernels(workload, plan, sections)
-            except Exception as error:
-                self.compiled.setdefault("errors", []).append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
-                continue
-            if config and "step" in sections and self.args.compile != "none":
-                layers += [
-                    ahead.Layer(config, self.args.tokens, named, self.args.compile, self.device)
-                    for named in plan.trained
-                ]
-            if "linear" in sections:
-                linears += [
-                    ahead.PeerLinear(plan.tokens, *shape, peer, self.device)
-                    for shape in plan.shapes
-                    for peer in self.peers
-                ]
+        task = self.bar.add_task("compiling: what there is to compile", total=None)
+        errors: list[str] = []
+        layers: list[ahead.Layer] = []
+        linears: list[ahead.PeerLinear] = []
+
+        def work() -> None:
+            for config in configs:
+                # A model that cannot run without values is compiled where it is measured.
+                try:
+                    workload = load(config, self.args.tokens, ahead.META) if config else None
+                    plan = self._plan(workload)
+                    self._launch_all(workload, plan, sections)
+                except Exception as error:
+                    errors.append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
+                    continue
+                if config and "step" in sections and self.args.compile != "none":
+                    layers.extend(
+                        ahead.Layer(config, self.args.tokens, named, self.args.compile, self.device)
+                        for named in plan.trained
+                    )
+                if "linear" in sections:
+                    linears.extend(
+                        ahead.PeerLinear(plan.tokens, *shape, peer, self.device)
+                        for shape in plan.shapes
+                        for peer in self.peers
+                    )
+
+        kernels = noted(work)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         # Long jobs first, but those that launch our kernels after these.
-        jobs: list[Callable[[], object]] = list(
-            dict.fromkeys(
-                [
-                    *(layer for layer in layers if layer.precision.recipe is None),
-                    *kernels,
-                    *(layer for layer in layers if layer.precision.recipe is not None),
-                    *linears,
-                ]
-            )
-        )
+        theirs = [layer for layer in layers if layer.precision.recipe is None]
+        ours = [layer for layer in layers if layer.precision.recipe is not None]
+        every: tuple[Callable[[], None], ...] = (*theirs, *kernels, *ours, *linears)
+        jobs = list(dict.fromkeys(every))
         workers = self.args.compile_workers
         self.bar.update(task, total=len(jobs), description=f"compiling, {workers} side by side")
         ended = 0
@@ -130,24 +131,21 @@ class Run:
             ended += 1
             self.bar.advance(task)
             if failure:
-                self.compiled.setdefault("errors", []).append(f"{jobs[index]}: {failure}")
-        self.compiled |= {"jobs": len(jobs), "ended": ended, "seconds": time.monotonic() - begin}
+                errors.append(f"{jobs[index]}: {failure}")
+        self.compiled = {"jobs": len(jobs), "ended": ended, "seconds": time.monotonic() - begin, "errors": errors}
         self.clock.divide_rest()
 
-    def _kernels(self, workload: Workload | None, plan: Plan, sections: Sequence[str]) -> list[Kernel]:
-        """Those of this package that the sections will launch."""
+    def _launch_all(self, workload: Workload | None, plan: Plan, sections: Sequence[str]) -> None:
+        """Launches each kernel of this package that the sections will."""
         ours = precisions(plan.recipes, [])[1:]
-
-        def work() -> None:
-            if "gemm" in sections:
-                ahead.run_gemms(plan.shapes, plan.tokens, _scalings(ours), self.device)
-            if "linear" in sections:
-                ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
-            if "step" in sections and workload is not None:
-                for precision in precisions(plan.recipes, [], plan.min_features)[1:]:
-                    ahead.layer_pass(workload, precision, None, self.device)()
-
-        return noted(work)
+        if "gemm" in sections:
+            ahead.run_gemms(plan.shapes, plan.tokens, _scalings(ours), self.device)
+        if "linear" in sections:
+            ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
+        if "step" in sections and workload is not None:
+            for named in plan.trained:
+                if named.recipe is not None:
+                    ahead.layer_pass(workload, named.made(), None, self.device)()
 
     def measure(self, config: str | None, until: Mapping[str, float]) -> None:
         """Measures the sections in ``until`` for a model, or for the linears of Llamas.
