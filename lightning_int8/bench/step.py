@@ -125,7 +125,8 @@ def _measure_one(workload: Workload, precision: Precision, compiling: str, steps
     mode = COMPILING[compiling]
     for layer in (repeated_layers(model) or [model]) if mode else ():
         layer.compile(mode=mode)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    # So slow that the one batch is not learnt: its gradients would be like no others.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)
     step = make_step(lambda: workload.loss(model, workload.batch), model, optimizer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
