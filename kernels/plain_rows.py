@@ -1,7 +1,7 @@
-"""Scales and integers of whole rows in one launch, where no block falls back: W for the forward.
+"""Scales and integers of whole rows in one read, where no block falls back: W for the forward.
 
-A program has its rows to itself, so it finds their AbsMax and reads them again at once, from L1 or L2. W in float32 is
-the widest tensor that is quantized, and there are seven of it in a decoder layer.
+A program holds its rows in registers, finds their AbsMax, and writes their integers. W in float32 is the widest tensor
+that is quantized, and there are seven of it in a decoder layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.select import _INFINITY_BITS, _MIN_SCALE_BITS, _over_constant, round_half_even
 from lightning_int8.kernels.statistics import magnitude_bits
+
+# The longest row that one program's registers hold.
+MAX_COLUMNS = 16384
 
 
 @CachedLaunch
@@ -28,19 +31,21 @@ def plain_row_planes(
     stride_r,
     B: tl.constexpr,
     PART: tl.constexpr,
-    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Everything of ``PART`` rows of ``x [R, Q]``, whose columns are adjacent, where the INT32 bound cannot bind."""
+    """Everything of ``PART`` rows of ``x [R, Q]``, whose columns are adjacent, where the INT32 bound cannot bind.
+
+    ``WIDTH``, a power of two, is at least ``QB·B``.
+    """
     row = tl.program_id(0) * PART
     i = tl.arange(0, PART)
-    j = tl.arange(0, CHUNK)
+    j = tl.arange(0, WIDTH)
     r = row + i
     x += row.to(tl.int64) * stride_r
-    largest = tl.zeros([PART], tl.int32)
-    for start in range(0, columns, CHUNK):
-        tile = _load(x, i, start + j, rows - row, columns, stride_r)
-        # Of bit patterns, since those keep NaN.
-        largest = tl.maximum(largest, tl.max(magnitude_bits(tile), 1))
+    inside = (r < rows)[:, None] & (j < columns)[None, :]
+    tile = tl.load(x + (i[:, None] * stride_r + j[None, :]), mask=inside, other=0.0).to(tl.float32)
+    # Of bit patterns, since those keep NaN.
+    largest = tl.max(magnitude_bits(tile), 1)
     s = tl.maximum(_over_constant(largest, 127.0), _MIN_SCALE_BITS)
     found = s.to(tl.float32, bitcast=True)
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), found)
@@ -49,19 +54,10 @@ def plain_row_planes(
     tl.store(int_max + r, tl.where(s < _INFINITY_BITS, tl.minimum(value, 127.0), 0.0), mask=r < rows)
     column_blocks = tl.cdiv(columns, B)
     if row % B == 0:
-        for start in range(0, column_blocks, CHUNK):
-            q = start + j
-            tl.store(slot + row // B * column_blocks + q, tl.full([CHUNK], -1, tl.int32), mask=q < column_blocks)
+        # As many blocks as columns at most.
+        tl.store(slot + row // B * column_blocks + j, tl.full([WIDTH], -1, tl.int32), mask=j < column_blocks)
     pitch = column_blocks * B
     low += row.to(tl.int64) * pitch
-    for start in range(0, pitch, CHUNK):
-        v = _load(x, i, start + j, rows - row, columns, stride_r) * factor[:, None]
-        bits = _integer_bits(v, None, None, _finite_mask(factor)[:, None])
-        inside = (r < rows)[:, None] & (start + j < pitch)[None, :]
-        tl.store(low + (i[:, None] * pitch + (start + j)[None, :]), bits.to(tl.int8), mask=inside)
-
-
-@triton.jit
-def _load(x, i, column, rows, columns, stride_r):
-    inside = (i < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(x + (i[:, None] * stride_r + column[None, :]), mask=inside, other=0.0).to(tl.float32)
+    bits = _integer_bits(tile * factor[:, None], None, None, _finite_mask(factor)[:, None])
+    inside = (r < rows)[:, None] & (j < pitch)[None, :]
+    tl.store(low + (i[:, None] * pitch + j[None, :]), bits.to(tl.int8), mask=inside)

@@ -1,17 +1,18 @@
 """Quantize kernels in Triton for every NVIDIA GPU since Ampere: the functions of `reference`, bit for bit.
 
 Three launches, none of which the host waits for: statistics (first read), select (thresholds, slots and scales, from
-statistics that lie in L2), and the integers in both layouts (second read).
+statistics that lie in L2), and the integers in both layouts (second read). One launch where rows cannot fall back.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 from lightning_int8.kernels.integers import block_planes, row_planes
-from lightning_int8.kernels.plain_rows import plain_row_planes
+from lightning_int8.kernels.plain_rows import MAX_COLUMNS, plain_row_planes
 from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, padded, seed_count
 from lightning_int8.kernels.quantize_launch import (
     SELECT_ROWS,
@@ -60,7 +61,8 @@ def quantize_row(
         ``scale [R]``, ``int_max [R]`` float32.
     """
     x, rows, columns, row_blocks, column_blocks = check(x, block)
-    if capacity == 0 and not transpose and not may_bind(columns) and x.stride(1) == 1 and x.numel() > 0:
+    whole = x.stride(1) == 1 and 0 < columns <= MAX_COLUMNS and rows > 0
+    if capacity == 0 and not transpose and whole and not may_bind(columns):
         return _plain_rows(x, block)
     statistics = MatrixStatistics.empty(x, capacity, block)
     if x.numel() > 0:
@@ -77,11 +79,13 @@ def _plain_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     new = Allocator(x.device)
     low, low_t, high, high_t, slot = empty_planes(new, rows, columns, 0, block, False)
     scale, int_max = new.float32(rows), new.float32(rows)
-    chosen = options("plain_row_planes", block)
+    width, chosen = triton.next_power_of_2(low.shape[1]), options("plain_row_planes", block)
+    part, warps = min(block, max(1, chosen["PART"] // width)), chosen["num_warps"] * max(1, width // chosen["PART"])
     with on(x):
-        plain_row_planes[(blocks_along(rows, chosen["PART"]),)](
-            x, low, slot, scale, int_max, rows, columns, x.stride(0), B=block, **chosen
-        )
+        plain_row_planes[(blocks_along(rows, part),)](
+            x, low, slot, scale, int_max, rows, columns, x.stride(0),
+            B=block, WIDTH=width, **chosen | {"PART": part, "num_warps": warps},
+        )  # fmt: skip
     return low, low_t, high, high_t, slot, scale, int_max
 
 
