@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from lightning_int8 import FabricFallbackInt8Precision, Int8Linear
@@ -20,10 +21,15 @@ def plugin(**kwargs: Any) -> FabricFallbackInt8Precision:
     return FabricFallbackInt8Precision(**{"recipe": RECIPE, **kwargs})
 
 
-def setup(plugins: FabricFallbackInt8Precision | None, **kwargs: Any) -> tuple[Fabric, Any, Any]:
+def setup(
+    plugins: FabricFallbackInt8Precision | None, reentrant: bool | None = None, compiled: bool = False, **kwargs: Any
+) -> tuple[Fabric, Any, Any]:
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins, **kwargs)
     torch.manual_seed(1)
-    model = TinyModel()
+    model: Any = TinyModel(reentrant=reentrant)
+    if compiled:
+        # Fabric takes the wrapper off, and puts it on again.
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
     # Made before the conversion, as Fabric's users do.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return fabric, *fabric.setup(model, optimizer)
@@ -49,6 +55,21 @@ def test_an_existing_optimizer_trains_the_converted_layers():
     losses = train(fabric, model, optimizer, 0, 8)
     assert losses[-1] < losses[0]
     assert not torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize(("reentrant", "compiled"), [(False, False), (None, True), (False, True)])
+def test_compiled_and_checkpointed_layers_change_nothing(reentrant, compiled):
+    expected = train(*setup(plugin()), 0, 4)
+    torch._dynamo.reset()
+    counters.clear()
+    fabric, model, optimizer = setup(plugin(), reentrant, compiled)
+    losses, graphs = [], []
+    for step in range(4):
+        losses += train(fabric, model, optimizer, step, step + 1)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert losses == expected
+    assert graphs == [int(compiled)] * 4
 
 
 def test_thresholds_move_once_a_step_and_not_while_accumulating():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fabric_worker import CLIP, STRATEGIES
+from tests.fabric_worker import CLIP, STRATEGIES, VARIANTS
 from tests.tiny import assert_same
 from tests.two_processes import DEVICES, launch, logs
 
@@ -33,8 +33,21 @@ def test_every_strategy_trains_alike(ranks, kind: str) -> None:
     assert_same(ranks[0][kind]["thresholds"], ranks[1][kind]["thresholds"])
 
 
+@pytest.mark.parametrize("saved", ["one file", "shards"])
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_a_resumed_run_continues_as_if_nothing_had_happened(ranks, kind: str) -> None:
+def test_a_resumed_run_continues_as_if_nothing_had_happened(ranks, kind: str, saved: str) -> None:
     for rank in ranks:
-        assert rank[f"{kind} resumed"]["losses"] == rank[kind]["losses"][3:]
-        assert_same(rank[f"{kind} resumed"]["thresholds"], rank[kind]["thresholds"])
+        resumed = rank[f"{kind}, resumed from {saved}"]
+        assert resumed["losses"] == rank[kind]["losses"][3:]
+        assert_same(resumed["thresholds"], rank[kind]["thresholds"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_compiled_and_checkpointed_layers_change_nothing(ranks, kind: str, variant: str) -> None:
+    for rank in ranks:
+        result = rank[f"{kind}, {variant}"]
+        assert result["losses"] == pytest.approx(rank[kind]["losses"][:3], rel=1e-5)
+        # All that is compiled is compiled in the first step.
+        assert result["graphs"] == [result["graphs"][0]] * 3
+        assert bool(result["graphs"][0]) == ("compiled" in variant)
