@@ -81,7 +81,8 @@ def table(results: Mapping[str, Any]) -> str:
     """The Markdown table: times BF16, geometric mean (lowest – highest)."""
     lines = [line["cells"] for section in ("linear", "step") for line in results[section]]
     heads = list(dict.fromkeys(head for cells in lines for head in cells if head != "bf16"))
-    drawn = [f"| times BF16 | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
+    gpu = results["about"]["device"]
+    drawn = [f"| times BF16, {gpu} | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
     for name, cell in rows(results):
         texts = [cell(head) for head in heads]
         if set(texts) != {"–"}:

@@ -97,9 +97,11 @@ def _described(arg: Any) -> Any:
     return arg
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers() -> int:
+    """One a CPU core that this process may use and 4 GiB of the current GPU's memory, at most 24."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return max(1, min(cores, memory >> 32, 24))
 
 
 def side_by_side(jobs: Sequence[Callable[[], object]], workers: int, seconds: float) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lightning_int8.kernels import gemm, tile_table
-from lightning_int8.kernels.compile_ahead import cores, noted, side_by_side
+from lightning_int8.kernels.compile_ahead import default_workers, noted, side_by_side
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
 from lightning_int8.kernels.tiles import FALLBACK_ARCHITECTURE, MOST_WITH_ADDEND, SHARED_MEMORY, Tile, chip, choose
 
@@ -88,7 +88,7 @@ def compile_all(pairs: list[tuple[str, tuple[int, int, int]]], architecture: int
                 launch(tile)
 
     begin, kernels = time.monotonic(), noted(launch_all)
-    for ended, (index, error) in enumerate(side_by_side(kernels, cores(), seconds), 1):
+    for ended, (index, error) in enumerate(side_by_side(kernels, default_workers(), seconds), 1):
         print(f"\rcompiled {ended} of {len(kernels)}, {time.monotonic() - begin:.0f} s", end="", flush=True)
         if error:
             print(f"\n  {kernels[index].name} {dict(kernels[index].constants)}: {error}")

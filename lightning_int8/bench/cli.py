@@ -30,7 +30,7 @@ from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.bench.report import added, tables, write
 from lightning_int8.bench.run import Run
 from lightning_int8.bench.step import COMPILING
-from lightning_int8.kernels.compile_ahead import cores
+from lightning_int8.kernels.compile_ahead import default_workers
 from lightning_int8.recipe import PRESETS, Int8Recipe, resolve_recipe
 from lightning_int8.small_layers import MinFeatures, check_min_features
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--compile-workers", type=int,
         help="processes that compile side by side before anything is timed; 0: none. Default: one a CPU core and 4 GiB "
-        "of the GPU's memory, at most 16; none with --device cpu",
+        "of the GPU's memory, at most 24; none with --device cpu",
     )  # fmt: skip
     made.add_argument(
         "--seconds", type=float, default=180.0,
@@ -155,11 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = write(results, file)
     console.print("Wrote " + ", ".join(map(str, written)), highlight=False)
     return 0
-
-
-def default_workers() -> int:
-    """How many processes compile: each runs layers on the GPU."""
-    return min(cores(), 16, max(1, torch.cuda.get_device_properties().total_memory >> 32))
 
 
 def default_name(gpu: str) -> str:

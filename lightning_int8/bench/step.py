@@ -20,7 +20,7 @@ from lightning_int8.bench.workload import Workload
 from lightning_int8.threshold import RATE, FallbackState, fallback_states, update_thresholds
 
 # Steps before the timed ones in which thresholds find their bands: their first values are those of a first batch.
-SETTLING = 20
+SETTLING = 15
 # `torch.compile`'s mode, by what the command line calls it.
 COMPILING = {"graphs": "reduce-overhead", "layers": "default", "none": None}
 
