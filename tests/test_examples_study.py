@@ -131,8 +131,8 @@ def test_a_changed_run_does_not_mix_with_earlier_results(study, capsys):
 
 
 def test_the_order_of_the_runs(tmp_path):
-    def job(name: str, tokens: int, init_from: str | None = None, done: float | None = None) -> Job:
-        made = Job(name, tmp_path, {}, tmp_path, init_from, tokens)
+    def job(name: str, tokens: int, init_from: str | None = None, done: float | None = None, kind: str = "") -> Job:
+        made = Job(name, tmp_path, {}, tmp_path, init_from, tokens, kind)
         made.folder.mkdir()
         if done is not None:
             (made.folder / "stopped").write_text(str(done))
@@ -140,20 +140,23 @@ def test_the_order_of_the_runs(tmp_path):
 
     finished = job("finished", 1000)
     (finished.folder / "result.json").write_text('{"tokens_per_second": 100}')
-    jobs = [finished, job("tuned", 1, "long"), job("long", 30000), job("short", 1000), job("begun", 30000, done=0.95)]
-    waiting = jobs[1:]
-    # In 60 seconds, of which 40 are no training, the short one and the rest of the one begun would end.
+    faster = job("faster", 1000, kind="fast")
+    (faster.folder / "result.json").write_text('{"tokens_per_second": 2000}')
+    long, short, fast = job("long", 30000), job("short", 1000), job("fast", 30000, kind="fast")
+    jobs = [finished, faster, job("tuned", 1, "long"), long, short, job("begun", 30000, done=0.95), fast]
+    waiting = jobs[2:]
+    # In 60 seconds, of which 40 are no training, the short one, the rest of the one begun and the fast one would end.
     names, locks = [], []
     while taken := _take(waiting, jobs, 60.0):
         names.append(taken[0].name)
         locks.append(taken[1])
-    assert names == ["short", "begun", "long"]
+    assert names == ["short", "begun", "fast", "long"]
     assert [waiter.name for waiter in waiting] == ["tuned"]
     # What another command works on is left to it.
-    assert _take([jobs[2]], jobs, 1e9) is None
+    assert _take([long], jobs, 1e9) is None
     locks[-1].close()
-    (jobs[2].folder / "weights.pt").touch()
-    assert _take([jobs[1], jobs[2]], jobs, 1e9)[0].name == "tuned"
+    (long.folder / "weights.pt").touch()
+    assert _take([waiting[0], long], jobs, 1e9)[0].name == "tuned"
 
 
 def test_masked_loss_is_of_the_masked_tokens_only():

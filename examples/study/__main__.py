@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
             study,
             run.init_from,
             int(shared["tokens"] * run.share),
+            run.kind,
         )
         for study, (shared, members) in by_study.items()
         for run in members.values()

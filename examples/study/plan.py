@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from examples.model import CompileMode
 from examples.study.corpus import Corpus
 from examples.study.module import Objective
 from lightning_int8.bench.precisions import TORCHAO
@@ -32,6 +33,7 @@ class Run:
         objective: See :class:`examples.study.module.StudyModule`.
         corpus: See :mod:`examples.study.corpus`.
         init_from: Name of the run whose weights this one starts from.
+        compile: Mode of `torch.compile` if it differs from the study's.
         share: Of the study's tokens a run, how many this one trains on.
         keep_weights: Whether to leave ``weights.pt``; set for the runs that others start from, or that the probe reads.
 
@@ -47,6 +49,7 @@ class Run:
     objective: Objective = "next_token"
     corpus: Corpus = "python"
     init_from: str | None = None
+    compile: CompileMode | None = None
     share: float = 1.0
     keep_weights: bool = False
 
@@ -57,6 +60,11 @@ class Run:
             raise ValueError(f"{self.name}: peer={self.peer!r} must be one of {', '.join(map(repr, TORCHAO))}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"{self.name}: share={self.share!r} must be above 0 and at most 1.")
+
+    @property
+    def kind(self) -> str:
+        """Equal for runs of the same programs, which run at the same speed."""
+        return json.dumps([self.int8, self.peer, self.model, self.objective, self.compile], sort_keys=True)
 
     @property
     def full_precision(self) -> bool:

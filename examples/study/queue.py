@@ -37,6 +37,7 @@ class Job:
         study: Folder of the runs of its length.
         init_from: Name of the run whose weights it starts from.
         tokens: How many it trains on.
+        kind: What runs of the same speed have in common.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Job:
     study: Path
     init_from: str | None
     tokens: int
+    kind: str
 
     @property
     def folder(self) -> Path:
@@ -147,10 +149,13 @@ def _take(waiting: list[Job], jobs: Sequence[Job], seconds: float) -> tuple[Job,
 
 
 def _seconds_needed(job: Job, jobs: Sequence[Job]) -> float:
-    """Reckoned from the slowest run that is done; none when none is."""
-    done = [speed for other in jobs if (r := other.result) is not None and (speed := r["tokens_per_second"]) > 0]
-    left = 1.0 - job.share_done
-    return OVERHEAD + left * job.tokens / min(done) if done else 0.0
+    """Reckoned from the slowest run that is done of its kind, or of any kind; none when none is."""
+    done = [(other, other.result) for other in jobs]
+    speeds = [(other.kind, result["tokens_per_second"]) for other, result in done if result is not None]
+    # A run of a few steps has no speed (NaN).
+    speeds = [(kind, speed) for kind, speed in speeds if speed > 0]
+    mine = [speed for kind, speed in speeds if kind == job.kind] or [speed for _, speed in speeds]
+    return OVERHEAD + (1.0 - job.share_done) * job.tokens / min(mine) if mine else 0.0
 
 
 def _outcome(job: Job, exit_code: int | None) -> str:

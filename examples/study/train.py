@@ -209,7 +209,7 @@ def _module(run: Run, shared: dict[str, Any], steps: int, on_gpu: bool) -> Llama
     return StudyModule(
         objective=run.objective,
         seed=run.seed,
-        compile=model["compile"] if on_gpu else None,
+        compile=(run.compile or model["compile"]) if on_gpu else None,
         config=config,  # type: ignore[arg-type]
         learning_rate=model["learning_rate"],
         warmup_steps=max(1, min(model["warmup_steps"], steps // 10)),
