@@ -33,7 +33,7 @@ from lightning_int8.bench.step import make_step
 
 # Strategies, and torch.compile's mode for each layer under them. FSDP2 gathers weights wherever there is room, where a
 # CUDA graph would not find them.
-MODES = {"ddp": "reduce-overhead", "fsdp2": None}
+MODES = {"ddp": "reduce-overhead", "fsdp2": "default"}
 
 
 def wrap(model: nn.Module, strategy: str) -> nn.Module:
