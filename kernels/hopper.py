@@ -12,7 +12,8 @@ another in Horner form, so that one accumulator is enough: all ``high·high`` pa
 ``low·high`` pairs, ``<< 8``, all ``low·low`` pairs. ``a``'s fallback blocks concern the whole width of the tile;
 ``b``'s concern one of its two 128-column halves, and are multiplied for that half alone. Nobody prepares lists of these
 blocks: the producer searches the tile's rows of ``slot`` for the next fallback block while the ring is full, and the
-consumers only need to know how many stages each level has, which one masked sum says.
+consumers only need to know how many stages each level has, which one masked sum says. At a tile's end the left half's
+products go first, so that the right half's run while it is scaled and stored.
 
 `block`. Sums are FP32, and each block's INT32 product is scaled into them. On Hopper that costs about as much as the
 product itself, so a consumer multiplies 64×128 at a time and scales it while the other consumer's product runs.
@@ -42,11 +43,15 @@ __all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize
 BLOCK = 128
 TILE_M, TILE_N = BLOCK, 2 * BLOCK
 STAGES = 4
+# So many stages at a tile's end are multiplied for its left half first: about a third of what a tile takes outside its
+# products is hidden then.
+LAG = 3
 # Tiles are visited in groups of this many rows of tiles, so that CTAs running at a time share operands in L2: without
 # and with fallback blocks.
 GROUPS = (8, 16)
-# Registers per thread of the second consumer and the producer; the first consumer gets the rest, as many as the second.
-REGISTERS = (232, 32)
+# Registers per thread of the second consumer and the producer, as the compiler needs them; the first consumer gets the
+# rest, as many as the second.
+REGISTERS = {"row": (232, 40), "block": (232, 32)}
 
 
 def gemm_row(
@@ -68,8 +73,8 @@ def gemm_row(
         return out
     row_kernel[_grid(out)](
         *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
-        DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b), REGISTERS=REGISTERS, num_warps=4,
-        enable_fp_fusion=False,
+        DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b), LAG=LAG if depth > LAG else 0,
+        REGISTERS=REGISTERS["row"], num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -97,7 +102,7 @@ def gemm_block(
     block_kernel[_grid(out)](
         *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
         RESIDUAL_STEPS=RESIDUAL_STEPS, DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b),
-        REGISTERS=REGISTERS, num_warps=4, enable_fp_fusion=False,
+        REGISTERS=REGISTERS["block"], num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -57,6 +57,8 @@ def _block_consumer(
     STAGES: gl.constexpr, GROUP: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    # From registers, so that both halves' products read it once.
+    rows_of_a: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     blocks_n = (cols + BLOCK - 1) // BLOCK
     it = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -76,7 +78,7 @@ def _block_consumer(
                 k = next_listed(flags, k, DEPTH)
                 stage = it % STAGES
                 mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-                a = a_bufs.index(stage).slice(64 * WG, 64)
+                a = a_bufs.index(stage).slice(64 * WG, 64).load(rows_of_a)
                 left = _add_scaled(left, a, b_bufs.index(2 * stage), left_scale)
                 right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_scale)
                 mbarrier.arrive(empty.index(stage))
@@ -99,7 +101,7 @@ def _block_consumer(
             left_scale, right_scale = gl.load(left_scales + ahead), gl.load(right_scales + ahead)
             stage = it % STAGES
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
-            a = a_bufs.index(stage).slice(64 * WG, 64)
+            a = a_bufs.index(stage).slice(64 * WG, 64).load(rows_of_a)
             left = _add_scaled(left, a, b_bufs.index(2 * stage), left_factor)
             right = _add_scaled(right, a, b_bufs.index(2 * stage + 1), right_factor)
             mbarrier.arrive(empty.index(stage))

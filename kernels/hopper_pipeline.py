@@ -27,7 +27,8 @@ def tile_at(t, tiles_m, tiles_n, GROUP: gl.constexpr):
 @gluon.jit
 def slot_row(slot_ptr, row, rows, depth, DEPTH: gl.constexpr):
     """One row of ``slot`` (-1 past the last), the same in every warp: reducing it needs no shared memory."""
-    k = gl.arange(0, DEPTH, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0]))
+    k = gl.arange(0, DEPTH, layout)
     return gl.load(slot_ptr + row * depth + k, mask=(k < depth) & (row < rows), other=-1)
 
 
@@ -45,10 +46,11 @@ def next_listed(flags, after, DEPTH: gl.constexpr):
 
 @gluon.jit
 def slot_at(slots, k, DEPTH: gl.constexpr):
+    """``slots[k]``, out of registers; 0 past the end."""
     if slots is None:
         return k
     else:
-        return gl.load(slots + k, mask=k < DEPTH, other=0)
+        return gl.sum(gl.where(gl.arange(0, DEPTH, slots.type.layout) == k, slots, 0), axis=0)
 
 
 @gluon.jit
@@ -100,29 +102,28 @@ def producer(
     it = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         pm, pn = tile_at(t, tiles_m, tiles_n, GROUP)
-        a_slots = None
         if a_slot_ptr is not None:
-            a_slots = a_slot_ptr + pm * depth
-            a_flags = slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+            a_slots = slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH)
+        if b_slot_ptr is not None:
+            left_slots = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH)
+            right_slots = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH)
         if HIGH_HIGH:
-            for side in range(2):
-                row = 2 * pn + side
-                flags = a_flags & (slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0)
+            for side in gl.static_range(2):
+                b_slots = right_slots if side else left_slots
                 it = load_listed(
-                    flags, it, a_high_desc, a_slots, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs,
-                    full, empty, 1, DEPTH, BLOCK, STAGES,
+                    (a_slots >= 0) & (b_slots >= 0), it, a_high_desc, a_slots, pm, b_high_desc, b_slots, 2 * pn + side,
+                    a_bufs, b_bufs, full, empty, 1, DEPTH, BLOCK, STAGES,
                 )  # fmt: skip
         if a_slot_ptr is not None:
             it = load_listed(
-                a_flags, it, a_high_desc, a_slots, pm, b_desc, None, 2 * pn, a_bufs, b_bufs, full, empty, 2, DEPTH,
+                a_slots >= 0, it, a_high_desc, a_slots, pm, b_desc, None, 2 * pn, a_bufs, b_bufs, full, empty, 2, DEPTH,
                 BLOCK, STAGES,
             )  # fmt: skip
         if b_slot_ptr is not None:
-            for side in range(2):
-                row = 2 * pn + side
-                flags = slot_row(b_slot_ptr, row, blocks_n, depth, DEPTH) >= 0
+            for side in gl.static_range(2):
+                b_slots = right_slots if side else left_slots
                 it = load_listed(
-                    flags, it, a_desc, None, pm, b_high_desc, b_slot_ptr + row * depth, row, a_bufs, b_bufs, full,
+                    b_slots >= 0, it, a_desc, None, pm, b_high_desc, b_slots, 2 * pn + side, a_bufs, b_bufs, full,
                     empty, 1, DEPTH, BLOCK, STAGES,
                 )  # fmt: skip
         for k in range(depth):
@@ -136,20 +137,39 @@ def producer(
 
 
 @gluon.jit
-def multiply(left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr):
-    """``acc += a @ bᵀ`` over the ring's next ``n`` stages, one in flight behind the one that is waited for."""
+def multiply(
+    left, right, n, it, a_bufs, b_bufs, full, empty, WG: gl.constexpr, STAGES: gl.constexpr, FRESH: gl.constexpr = False
+):
+    """``acc += a @ bᵀ`` over the ring's next ``n`` stages, one in flight behind the one that is waited for.
+
+    ``FRESH``: the first product replaces what the accumulators held; ``n`` is at least 1.
+    """
     for k in range(n):
         stage = it % STAGES
         mbarrier.wait(full.index(stage), (it // STAGES) & 1)
         a = a_bufs.index(stage).slice(64 * WG, 64)
-        left = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), left, is_async=True)
-        right = warpgroup_mma(a, b_bufs.index(2 * stage + 1).permute((1, 0)), right, is_async=True)
+        add = not FRESH or k > 0
+        left = warpgroup_mma(a, b_bufs.index(2 * stage).permute((1, 0)), left, use_acc=add, is_async=True)
+        right = warpgroup_mma(a, b_bufs.index(2 * stage + 1).permute((1, 0)), right, use_acc=add, is_async=True)
         left, right = warpgroup_mma_wait(2, deps=(left, right))
         mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=k > 0)
         it += 1
     left, right = warpgroup_mma_wait(0, deps=(left, right))
     mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), pred=n > 0)
     return left, right, it
+
+
+@gluon.jit
+def begin_products(
+    acc, it, n: gl.constexpr, a_bufs, b_bufs, full, SIDE: gl.constexpr, WG: gl.constexpr, STAGES: gl.constexpr
+):
+    """Issues the products of the ring's next ``n`` stages for one half of the tile's width; the stages stay taken."""
+    for s in gl.static_range(n):
+        stage = (it + s) % STAGES
+        mbarrier.wait(full.index(stage), ((it + s) // STAGES) & 1)
+        a = a_bufs.index(stage).slice(64 * WG, 64)
+        acc = warpgroup_mma(a, b_bufs.index(2 * stage + SIDE).permute((1, 0)), acc, is_async=True)
+    return acc
 
 
 @gluon.jit
@@ -223,14 +243,24 @@ def store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, co
 
 
 @gluon.jit
-def load_scales(scale_ptr, start, size, like, DIM: gl.constexpr):
-    """``like.shape[DIM]`` scales from ``start`` on, in that dimension's layout; ones if there are none."""
-    layout: gl.constexpr = gl.SliceLayout(1 - DIM, like.type.layout)
+def load_scales(scale_ptr, start, size, LENGTH: gl.constexpr):
+    """``LENGTH`` scales from ``start`` on, in few registers until they are used; ones if there are none."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if scale_ptr is None:
-        return gl.full((like.shape[DIM],), 1.0, gl.float32, layout)
+        return gl.full((LENGTH,), 1.0, gl.float32, layout)
     else:
-        at = start + gl.arange(0, like.shape[DIM], layout)
+        at = start + gl.arange(0, LENGTH, layout)
         return gl.load(scale_ptr + at, mask=at < size, other=0)
+
+
+@gluon.jit
+def scaled(out, scale, scale_ptr, DIM: gl.constexpr):
+    """``out`` times what :func:`load_scales` loaded, along its dimension ``DIM``."""
+    if scale_ptr is None:
+        return out
+    else:
+        layout: gl.constexpr = gl.SliceLayout(1 - DIM, out.type.layout)
+        return out * gl.expand_dims(gl.convert_layout(scale, layout), 1 - DIM)
 
 
 @gluon.jit

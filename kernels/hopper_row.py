@@ -5,16 +5,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
     tma,
+    warpgroup_mma_wait,
 )
 
 from lightning_int8.kernels.hopper_pipeline import (
+    begin_products,
     count_listed,
     load_scales,
     multiply,
     multiply_half,
     producer,
     rings,
+    scaled,
     slot_row,
     store_half,
     tile_at,
@@ -26,7 +30,7 @@ from lightning_int8.kernels.launch import CachedLaunch
 def _row_consumer(
     a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs, b_bufs, full,
     empty, tiles_m, tiles_n, rows, cols, depth, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, WG: gl.constexpr,
+    GROUP: gl.constexpr, LAG: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     blocks_n = (cols + BLOCK - 1) // BLOCK
@@ -34,11 +38,15 @@ def _row_consumer(
     if a_slot_ptr is not None:
         first, _ = tile_at(gl.program_id(0), tiles_m, tiles_n, GROUP)
         a_slots = slot_row(a_slot_ptr, first, tiles_m, depth, DEPTH)
+    LISTED: gl.constexpr = a_slot_ptr is not None or b_slot_ptr is not None
+    left = gl.zeros((64, BLOCK), gl.int32, mma)
+    right = gl.zeros((64, BLOCK), gl.int32, mma)
     it = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         pm, pn = tile_at(t, tiles_m, tiles_n, GROUP)
-        left = gl.zeros((64, BLOCK), gl.int32, mma)
-        right = gl.zeros((64, BLOCK), gl.int32, mma)
+        if LISTED:
+            left = gl.zeros((64, BLOCK), gl.int32, mma)
+            right = gl.zeros((64, BLOCK), gl.int32, mma)
         if a_slot_ptr is not None:
             a_flags = a_slots >= 0
         if b_slot_ptr is not None:
@@ -56,20 +64,28 @@ def _row_consumer(
         if b_slot_ptr is not None:
             left, it = multiply_half(left, left_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
             right, it = multiply_half(right, right_n, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-        if a_slot_ptr is not None or b_slot_ptr is not None:
+        if LISTED:
             left, right = left << 8, right << 8
         row, col = pm * BLOCK + WG * 64, 2 * pn * BLOCK
         if a_slot_ptr is not None:
             # Of the next tile, so that it can begin at once.
             next_pm, _ = tile_at(min(t + gl.num_programs(0), tiles - 1), tiles_m, tiles_n, GROUP)
             a_slots = slot_row(a_slot_ptr, next_pm, tiles_m, depth, DEPTH)
-        row_scale = load_scales(a_scale_ptr, row, rows, left, 0)
-        left, right, it = multiply(left, right, depth, it, a_bufs, b_bufs, full, empty, WG, STAGES)
-        left_scale = load_scales(b_scale_ptr, col, cols, left, 1)
-        right_scale = load_scales(b_scale_ptr, col + BLOCK, cols, right, 1)
-        out = left.to(gl.float32) * row_scale[:, None] * left_scale[None, :]
+        row_scale = load_scales(a_scale_ptr, row, rows, 64)
+        left_scale = load_scales(b_scale_ptr, col, cols, BLOCK)
+        right_scale = load_scales(b_scale_ptr, col + BLOCK, cols, BLOCK)
+        left, right, it = multiply(left, right, depth - LAG, it, a_bufs, b_bufs, full, empty, WG, STAGES, not LISTED)
+        # The right half's last products run while the left half is scaled and stored.
+        left = begin_products(left, it, LAG, a_bufs, b_bufs, full, 0, WG, STAGES)
+        left = warpgroup_mma_wait(0, deps=(left,))
+        right = begin_products(right, it, LAG, a_bufs, b_bufs, full, 1, WG, STAGES)
+        out = scaled(scaled(left.to(gl.float32), row_scale, a_scale_ptr, 0), left_scale, b_scale_ptr, 1)
         store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
-        out = right.to(gl.float32) * row_scale[:, None] * right_scale[None, :]
+        right = warpgroup_mma_wait(0, deps=(right,))
+        for s in gl.static_range(LAG):
+            mbarrier.arrive(empty.index((it + s) % STAGES))
+        it += LAG
+        out = scaled(scaled(right.to(gl.float32), row_scale, a_scale_ptr, 0), right_scale, b_scale_ptr, 1)
         store_half(out, row, col + BLOCK, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, cols, WG)
     if c_desc is not None:
         tma.store_wait(0)
@@ -81,7 +97,7 @@ def _row_consumer(
 def row_kernel(
     a_desc, a_high_desc, a_slot_ptr, a_scale_ptr, b_desc, b_high_desc, b_slot_ptr, b_scale_ptr, bias_ptr, sum_ptr,
     c_ptr, c_desc, rows, cols, depth, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, REGISTERS: gl.constexpr,
+    GROUP: gl.constexpr, LAG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     a_bufs, b_bufs, c_bufs, full, empty = rings(a_desc, c_desc, BLOCK, STAGES)
     tiles_m, tiles_n = (rows + BLOCK - 1) // BLOCK, (cols + 2 * BLOCK - 1) // (2 * BLOCK)
@@ -90,11 +106,11 @@ def row_kernel(
         [
             (_row_consumer, (
                 a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs,
-                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, 0,
+                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, LAG, 0,
             )),
             (_row_consumer, (
                 a_slot_ptr, b_slot_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sum_ptr, c_ptr, c_desc, c_bufs, a_bufs,
-                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, 1,
+                b_bufs, full, empty, tiles_m, tiles_n, rows, cols, depth, DEPTH, BLOCK, STAGES, GROUP, LAG, 1,
             )),
             (producer, (
                 a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m,
