@@ -346,6 +346,15 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     assert "min_features=64" in page
 
 
+def test_the_page_says_what_was_compiled_ahead() -> None:
+    about = {"device": "GPU", "date": "today", "versions": {}, "command": "c", "seconds": 9.0, "copy_bandwidth": 1e12}
+    empty = {"gemm": [], "linear": [], "step": [], "first_step": [], "advice": [], "skipped": []}
+    compiled = {"jobs": 4, "ended": 3, "seconds": 7.0, "errors": ["no compiler"]}
+    page = report.markdown({"about": {**about, "compiled_ahead": compiled}, **empty}, None)
+    assert "Compiled ahead: 3 of 4 jobs in 7 s, 1 failed (see the JSON)." in page
+    assert "Compiled ahead" not in report.markdown({"about": about, **empty}, None)
+
+
 def test_readmes_table_is_drawn_from_the_numbers_it_names() -> None:
     text = (readme.ROOT / "README.md").read_text()
     source = text.partition(readme.BEGIN.partition("{}")[0])[2].partition(" -->")[0]

@@ -138,7 +138,7 @@ def _step(line: Mapping[str, Any]) -> Table:
     title = f"Training step of {line['model']}, {line['tokens']} tokens, {how}{least}"
     note = (
         "Milliseconds (times BF16). BF16 autocast, float32 weights, fused AdamW, thresholds moved; one precision after "
-        "the other. Memory is what was reserved. First step: in this process, compilation included."
+        "the other. Memory is what was reserved. First step: what was not compiled ahead is compiled in it."
     )
     return Table(
         title, note, ["precision", "ms a step", "GPU busy", "peak GiB", "first step, s", "fallback rate"], rows
@@ -165,13 +165,21 @@ def markdown(results: Mapping[str, Any], image: str | None) -> str:
         f"# {about['device']}, {about['date']}",
         "",
         f"`{about['command']}`, {about['seconds']:.0f} s. {packages}. A copy moves "
-        f"{about['copy_bandwidth'] / 1e12:.2f} TB/s. Medians of interleaved rounds.",
+        f"{about['copy_bandwidth'] / 1e12:.2f} TB/s. Medians of interleaved rounds.{_compiled(about)}",
         "",
         *([f"![times BF16]({image})", ""] if image else []),
     ]
     advice = ["## Advice", *(f"- {line}" for line in results["advice"]), ""] if results["advice"] else []
     skipped = ["## Not measured", *(f"- {line}" for line in results["skipped"]), ""] if results["skipped"] else []
     return "\n".join([*head, *(table.markdown() for table in tables(results)), *advice, *skipped])
+
+
+def _compiled(about: Mapping[str, Any]) -> str:
+    compiled = about.get("compiled_ahead")
+    if not compiled:
+        return ""
+    failed = f", {len(compiled['errors'])} failed (see the JSON)" if compiled["errors"] else ""
+    return f" Compiled ahead: {compiled['ended']} of {compiled['jobs']} jobs in {compiled['seconds']:.0f} s{failed}."
 
 
 def _panels(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]]:
