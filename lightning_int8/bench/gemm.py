@@ -32,7 +32,7 @@ def peers(device: torch.device) -> tuple[str, ...]:
     """PyTorch's own 8-bit products that run on ``device``."""
     if device.type != "cuda":
         return ()
-    fp8 = ("fp8-rowwise", "fp8-tensorwise") if torch.cuda.get_device_capability(device) >= (8, 9) else ()
+    fp8 = ("fp8-tensorwise", "fp8-rowwise") if torch.cuda.get_device_capability(device) >= (8, 9) else ()
     return (*fp8, "int8-torch")
 
 
