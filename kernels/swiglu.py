@@ -253,6 +253,7 @@ def swiglu_gradient(
     capacity: int,
     block: int,
     bias: bool,
+    dup: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of ``gate`` and ``up``, and the statistics that `quantize_row_gradient` takes of each.
 
@@ -267,13 +268,14 @@ def swiglu_gradient(
         capacity: As `quantize_row_gradient` will be given it.
         block: Block edge: 32, 64 or 128.
         bias: Whether to sum the columns too.
+        dup: Where to write the gradient of ``up``: a contiguous tensor like ``up``, which may be ``dh`` itself.
 
     Returns:
         Both gradients, then the fields of `GradientStatistics`, each with a first axis of two: of ``gate``'s gradient
         and of ``up``'s. What is not wanted comes back as ``[2, 0]``.
     """
     dh, gate, up = _inputs(block, dh, gate, up)
-    gradients = torch.empty_like(gate), torch.empty_like(up)
+    gradients = torch.empty_like(gate), torch.empty_like(up) if dup is None else dup
     rows, columns = gate.shape
     pair = GradientStatistics.empty(
         gate, gate_scale is not None, input_scale is not None, bias, capacity, block, copies=(2,)

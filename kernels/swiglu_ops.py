@@ -41,7 +41,7 @@ def _(gate, up, state, operand, seed_rate, capacity, block, update, transpose, b
     return h, *quantize_row(h, state, operand, seed_rate, capacity, block, update, transpose, backend)
 
 
-@_define("swiglu_gradient")
+@_define("swiglu_gradient", mutates=["dh"])
 def swiglu_gradient(
     dh: Tensor,
     gate: Tensor,
@@ -54,24 +54,25 @@ def swiglu_gradient(
     block: int,
     bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lightning_int8.kernels.swiglu.swiglu_gradient`."""
-    return _module(backend).swiglu_gradient(
-        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.swiglu.swiglu_gradient`; ``dh``, contiguous, becomes the gradient of ``up``."""
+    dgate, _, *statistics = _module(backend).swiglu_gradient(
+        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias, dup=dh
     )
+    return dgate, *statistics
 
 
 @_fake("swiglu_gradient")
 def _(dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias, backend):
-    gradients = torch.empty_like(gate), torch.empty_like(up)
+    dgate = torch.empty_like(gate)
     if backend == "reference":
-        return *gradients, *(gate.new_empty(2, 0) for _ in range(8))
+        return dgate, *(gate.new_empty(2, 0) for _ in range(8))
     from lightning_int8.kernels.quantize_gradient import GradientStatistics
 
     pair = GradientStatistics.empty(
         gate, gate_scale is not None, input_scale is not None, bias, capacity, block, copies=(2,)
     )
-    return *gradients, *(gate.new_empty(2, 0) if part is None else part for part in pair)
+    return dgate, *(gate.new_empty(2, 0) if part is None else part for part in pair)
 
 
 @_define("swiglu_planes")

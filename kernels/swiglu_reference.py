@@ -36,9 +36,11 @@ def swiglu_gradient(
     capacity: int,
     block: int,
     bias: bool,
+    dup: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of ``gate`` and ``up`` ``[M, N]``; the statistics, which the reference needs not, are empty."""
-    dgate, dup = torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
+    dgate = torch.ops.aten.silu_backward(dh * up, gate)
+    dup = torch.mul(dh, F.silu(gate), out=dup)
     return dgate, dup, *(gate.new_empty(2, 0) for _ in range(8))
 
 

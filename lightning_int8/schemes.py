@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
-from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
 from lightning_int8.kernels.power import measure_power
 from lightning_int8.recipe import Int8Recipe
 
@@ -211,9 +212,10 @@ class RowScheme(_BlockFallback):
         bias: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        """The gradients of ``gate`` and ``up``, and stacked, the ``statistics`` that `quantize_gradient` takes of each.
+        """The gradient of ``gate``, and for both, stacked, the ``statistics`` that `quantize_gradient` takes.
 
-        ``weights`` and ``saved`` as it will be given them; both projections read one X.
+        ``dh`` becomes the gradient of ``up``. ``weights`` and ``saved`` as `quantize_gradient` will be given them; both
+        projections read one X.
         """
         _, capacity = self._fallback(gate, self.recipe.gradient_band)
         gate_scale, up_scale = (None if w is None else w.fold for w in weights)
@@ -230,6 +232,13 @@ class RowScheme(_BlockFallback):
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+    def input_again(self, saved: tuple[Tensor, ...], size: tuple[int, int]) -> QuantizedMatrix:
+        """X of ``size`` for the forward GEMM, from what `quantize_input` saves."""
+        low_t, high_t, slot, scale, _ = saved
+        columns = padded(size[1], self.block) - size[1]
+        low = F.pad(low_t[:, : size[0]].t(), (0, columns)).contiguous()
+        return self._matrix(low, high_t.mT.contiguous(), slot, scale, size, high_t.shape[0])
 
     def gemm_again(
         self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str

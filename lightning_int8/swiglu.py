@@ -66,12 +66,18 @@ class _Int8SwiGLU(torch.autograd.Function):
         hidden = scheme.input_of(h_planes, tuple(h.shape), keep_planes)
         y = project(2, hidden.operand)
         if any(needs):
-            again = recipe.recompute_swiglu == "all"
-            operand = planes.operand
+            if recipe.recompute_swiglu != "all":
+                activations: tuple[Tensor | None, ...] = (gate, up)
+            elif planes.saved:
+                # X's operand can be made of its transposed planes.
+                activations = (gate_bias, up_bias)
+            else:
+                operand = planes.operand
+                activations = (gate_bias, up_bias, operand.low, operand.high, operand.slot, operand.scale)
             groups: tuple[tuple[Tensor | None, ...], ...] = (
                 weights,
                 tuple(scales),
-                (operand.low, operand.high, operand.slot, operand.scale, gate_bias, up_bias) if again else (gate, up),
+                activations,
                 planes.saved,
                 hidden.saved if keep_planes else tuple(h_planes[4:]) if needs[3] else (),
             )
@@ -102,8 +108,12 @@ class _Int8SwiGLU(torch.autograd.Function):
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            low, high, slot, scale, gate_bias, up_bias = kept_activations
-            x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, recipe.block_size)
+            gate_bias, up_bias, *operand = kept_activations
+            if operand:
+                low, high, slot, scale = operand
+                x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, recipe.block_size)
+            else:
+                x = scheme.input_again(x_saved, ctx.input_size)
             gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
             gate, up = (
                 scheme.gemm_again(x, w.forward, bias, dtype, backend)
@@ -115,10 +125,12 @@ class _Int8SwiGLU(torch.autograd.Function):
             h_saved = (*scheme.swiglu_planes(gate, up, h_saved, backend), *h_saved)
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
-        dh = None if w is None else scheme.gemm(g.dgrad, w.dgrad, None, dtype, backend)
+        # The wgrad first, since it needs the planes of h, so that those are gone before dh is made.
         down_dw = scheme.gemm(g.wgrad, g.input_transposed, None, weights[2].dtype, backend) if needs_down_dw else None
         down_db = g.dbias.to(ctx.bias_dtypes[2]) if needs_down_db else None
+        a = g.dgrad
         del g, h_saved
+        dh = None if w is None else scheme.gemm(a, w.dgrad, None, dtype, backend)
         if dh is None:
             return None, None, None, down_dw, None, None, down_db, *[None] * 8
         if needs_dx:
@@ -126,9 +138,9 @@ class _Int8SwiGLU(torch.autograd.Function):
         else:
             gate_up = [None, None]
         x_saved = x_saved if needs_dw else ()
-        dgate, dup, *statistics = scheme.swiglu_gradient(dh, gate, up, gate_up, x_saved, needs_db, backend)
-        pending = [dup, dgate]
-        del dh, dgate, dup
+        dgate, *statistics = scheme.swiglu_gradient(dh, gate, up, gate_up, x_saved, needs_db, backend)
+        pending = [dh, dgate]
+        del dh, dgate, gate, up
         results: list[tuple[Tensor | None, ...]] = []
         # One after the other, so that one and its planes are gone before the planes of the other are made.
         for i, w in enumerate(gate_up):

@@ -107,8 +107,12 @@ else:
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             traced = swiglu_ops.swiglu_gradient(*fakes, "triton")
-        for a, b in zip(swiglu.swiglu_gradient(*arguments), traced, strict=True):
+        dgate, dup, *statistics = swiglu.swiglu_gradient(*arguments)
+        for a, b in zip((dgate, *statistics), traced, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        again = swiglu_ops.swiglu_gradient(*arguments, "triton")
+        assert_close("dgate in place", dgate, again[0], EXACT)
+        assert_close("dup in place", dup, dh, EXACT)
 
     def test_what_it_cannot_take_is_said():
         x = torch.ones(4, 4, device=DEVICE)
