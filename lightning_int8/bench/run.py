@@ -91,38 +91,23 @@ class Run:
         begin = time.monotonic()
         task = self.bar.add_task("compiling: what there is to compile", total=None)
         errors: list[str] = []
-        layers: list[ahead.Layer] = []
-        linears: list[ahead.PeerLinear] = []
+        others: list[ahead.Layer | ahead.PeerLinear] = []
 
         def work() -> None:
             for config in configs:
                 # A model that cannot run without values is compiled where it is measured.
                 try:
-                    workload = load(config, self.args.tokens, ahead.META) if config else None
-                    plan = self._plan(workload)
-                    self._launch_all(workload, plan, sections)
+                    others.extend(self._jobs(config, sections))
                 except Exception as error:
                     errors.append(f"{config}: {type(error).__name__}: {str(error)[:200]}")
-                    continue
-                if config and "step" in sections and self.args.compile != "none":
-                    layers.extend(
-                        ahead.Layer(config, self.args.tokens, named, self.args.compile, self.device)
-                        for named in plan.trained
-                    )
-                if "linear" in sections:
-                    linears.extend(
-                        ahead.PeerLinear(plan.tokens, *shape, peer, self.device)
-                        for shape in plan.shapes
-                        for peer in self.peers
-                    )
 
         kernels = noted(work)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        # Long jobs first, but those that launch our kernels after these.
-        theirs = [layer for layer in layers if layer.precision.recipe is None]
-        ours = [layer for layer in layers if layer.precision.recipe is not None]
-        every: tuple[Callable[[], None], ...] = (*theirs, *kernels, *ours, *linears)
+        # Layers take longest, and those that launch our kernels find them compiled.
+        layers = [job for job in others if isinstance(job, ahead.Layer)]
+        first = [layer for layer in layers if layer.precision.recipe is None]
+        every: tuple[Callable[[], None], ...] = (*first, *kernels, *layers, *others)
         jobs = list(dict.fromkeys(every))
         workers = self.args.compile_workers
         self.bar.update(task, total=len(jobs), description=f"compiling, {workers} side by side")
@@ -135,15 +120,21 @@ class Run:
         self.compiled = {"jobs": len(jobs), "ended": ended, "seconds": time.monotonic() - begin, "errors": errors}
         self.clock.divide_rest()
 
-    def _launch_all(self, workload: Workload | None, plan: Plan, sections: Sequence[str]) -> None:
-        """Launches each kernel of this package that the sections will."""
+    def _jobs(self, config: str | None, sections: Sequence[str]) -> Iterator[ahead.Layer | ahead.PeerLinear]:
+        """What is to be compiled besides this package's kernels; all of those are launched on the way."""
+        workload = load(config, self.args.tokens, ahead.META) if config else None
+        plan = self._plan(workload)
         ours = precisions(plan.recipes, [])[1:]
         if "gemm" in sections:
             ahead.run_gemms(plan.shapes, plan.tokens, _scalings(ours), self.device)
         if "linear" in sections:
             ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
-        if "step" in sections and workload is not None:
+            for peer in self.peers:
+                yield from (ahead.PeerLinear(plan.tokens, *shape, peer, self.device) for shape in plan.shapes)
+        if config and workload and "step" in sections and step.repeated_layers(workload.model):
             for named in plan.trained:
+                if self.args.compile != "none":
+                    yield ahead.Layer(config, self.args.tokens, named, self.args.compile, self.device)
                 if named.recipe is not None:
                     ahead.layer_pass(workload, named.made(), None, self.device)()
 
