@@ -84,6 +84,8 @@ def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(stu
         # Fails, and must cost the others nothing.
         "broken": {"model": {"dim": 31}},
         # Waits for the weights of the next one, which comes before it.
+        # 5 steps, so that its last evaluation is not one of the training's.
+        "tuned-fp8": {"corpus": "headers", "init_from": "base", "peer": "fp8-rowwise", "share": 5.5 / 12},
         "tuned-row": {"corpus": "headers", "init_from": "base", "int8": small_blocks, "share": 0.5},
         "base": {"keep_weights": True},
         "other-seed": {"seed": 1},
@@ -96,7 +98,7 @@ def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(stu
     assert set(results) == set(runs) - {"broken"}
     said = capsys.readouterr().out
     assert "LlamaConfig.dim=31" in said
-    assert "6 of 7 runs are done; not: broken@1536" in said
+    assert "7 of 8 runs are done; not: broken@1536" in said
     assert results["tuned-row"]["steps"] == 6
     assert results["tuned-row"]["curve"]["train_loss"]["1"] < results["base"]["curve"]["train_loss"]["1"] - 0.2
     assert results["base"]["extra_mmas"] is None

@@ -135,6 +135,8 @@ def train(
         check_val_every_n_epoch=None,
         limit_val_batches=shared["val_batches"],
         num_sanity_val_steps=0,
+        # torchao's FP8 rowwise linears fail under inference mode.
+        inference_mode=False,
         gradient_clip_val=1.0,
         logger=False,
         callbacks=callbacks,
