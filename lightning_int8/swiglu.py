@@ -108,17 +108,8 @@ class _Int8SwiGLU(torch.autograd.Function):
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            gate_bias, up_bias, *operand = kept_activations
-            if operand:
-                low, high, slot, scale = operand
-                x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, recipe.block_size)
-            else:
-                x = scheme.input_again(x_saved, ctx.input_size)
             gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
-            gate, up = (
-                scheme.gemm_again(x, w.forward, bias, dtype, backend)
-                for w, bias in zip(gate_up, (gate_bias, up_bias), strict=True)
-            )
+            gate, up = _gate_and_up_again(scheme, ctx, gate_up, kept_activations, x_saved)
         else:
             gate, up = kept_activations
         if needs_down_dw and recipe.recompute_swiglu != "nothing":
@@ -156,6 +147,21 @@ class _Int8SwiGLU(torch.autograd.Function):
         (gate_dx, gate_dw, gate_db), (up_dx, up_dw, up_db) = results
         dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
         return dx, gate_dw, up_dw, down_dw, gate_db, up_db, down_db, *[None] * 8
+
+
+def _gate_and_up_again(
+    scheme: RowScheme, ctx: Any, weights: list[Any], kept: tuple[Any, ...], x_saved: tuple[Tensor, ...]
+) -> list[Tensor]:
+    gate_bias, up_bias, *operand = kept
+    if operand:
+        low, high, slot, scale = operand
+        x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, ctx.recipe.block_size)
+    else:
+        x = scheme.input_again(x_saved, ctx.input_size)
+    return [
+        scheme.gemm_again(x, w.forward, bias, ctx.dtype, ctx.backend)
+        for w, bias in zip(weights, (gate_bias, up_bias), strict=True)
+    ]
 
 
 def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> bool:
