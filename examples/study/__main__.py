@@ -28,7 +28,7 @@ from rich.console import Console
 
 from examples.study.corpus import describe, prepare
 from examples.study.plan import PLANS, Run, in_order, load
-from examples.study.queue import Job, work_off
+from examples.study.queue import Job, start_server, work_off
 from examples.study.results import write_results
 from examples.text import TokenCache
 
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     runs = [run for _, members in by_study.values() for run in members.values()]
     shared = next(iter(by_study.values()))[0]
     devices = _devices(arguments.devices, shared["accelerator"])
+    start_server()
     caches = prepare((run.corpus for run in runs), shared["data"])
     for corpus, folder in caches.items():
         say(f"{corpus}: {describe(TokenCache(Path(folder)))}")

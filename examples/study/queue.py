@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -76,6 +77,15 @@ class Job:
         return json.loads(file.read_text()) if file.exists() else None
 
 
+def start_server() -> None:
+    """Starts the process that the runs are forked from, and returns while it still imports what they need.
+
+    It never touches a GPU: a run starts at once, and its crash is its own.
+    """
+    forkserver.set_forkserver_preload(["examples.study.train"])
+    forkserver.ensure_running()
+
+
 def work_off(
     jobs: Sequence[Job],
     devices: Sequence[str],
@@ -93,12 +103,10 @@ def work_off(
         devices: An entry a process: an index of a GPU, or ``"cpu"``. One that is named twice has two runs at a time.
         caches: Folders of the tokens by corpus, see :func:`examples.study.corpus.prepare`.
         stop_at: `time.time()` at which running jobs save a checkpoint and stop. A job that by the throughput measured
-            so far would not be done by then starts only where no other would.
+            so far cannot be done by then starts only where no other can.
         report: Called with a job that has ended and ``""`` if it has a result, else why not.
     """
-    # A fork server has imported everything, and never touches a GPU: a run starts at once, and a crash is its own.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["examples.study.train"])
     waiting = [job for job in jobs if job.result is None]
     free = list(devices)
     running: dict[int, tuple[Job, BaseProcess, str, TextIO]] = {}
@@ -149,13 +157,13 @@ def _take(waiting: list[Job], jobs: Sequence[Job], seconds: float) -> tuple[Job,
 
 
 def _seconds_needed(job: Job, jobs: Sequence[Job]) -> float:
-    """Reckoned from the slowest run that is done of its kind, or of any kind; none when none is."""
+    """At least: at the speed of the fastest run that is done of its kind, or of any kind; none when none is."""
     done = [(other, other.result) for other in jobs]
     speeds = [(other.kind, result["tokens_per_second"]) for other, result in done if result is not None]
     # A run of a few steps has no speed (NaN).
     speeds = [(kind, speed) for kind, speed in speeds if speed > 0]
     mine = [speed for kind, speed in speeds if kind == job.kind] or [speed for _, speed in speeds]
-    return OVERHEAD + (1.0 - job.share_done) * job.tokens / min(mine) if mine else 0.0
+    return OVERHEAD + (1.0 - job.share_done) * job.tokens / max(mine) if mine else 0.0
 
 
 def _outcome(job: Job, exit_code: int | None) -> str:
