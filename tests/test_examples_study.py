@@ -121,7 +121,9 @@ def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(stu
         assert {row["run"] for row in csv.DictReader(lines)} == {"row", "gelu-row", "tuned-row"}
 
     written = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
-    study(**{name: fields for name, fields in runs.items() if name != "broken"})
+    study(row=runs["row"])
+    # A call for some of the runs leaves the others in the tables.
+    assert "| gelu-row |" in (folder / "study.md").read_text()
     assert written == {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import time
@@ -127,10 +128,13 @@ def main(argv: list[str] | None = None) -> list[Path]:
     order = [jobs[_study(arguments, tokens), name] for name, tokens in arguments.runs]
 
     def write(study: Path) -> None:
-        shared, members = by_study[study]
-        finished = [(run, result) for run in members.values() if (result := jobs[study, run.name].result) is not None]
+        # All that lie there: other calls may have trained some of them.
+        plans = [
+            plan for plan in sorted(arguments.plans.glob("*.yaml")) if (study / plan.stem / "result.json").exists()
+        ]
+        finished = [(load(plan), json.loads((study / plan.stem / "result.json").read_text())) for plan in plans]
         if finished:
-            write_results(study, finished, shared)
+            write_results(study, finished, by_study[study][0])
 
     def report(job: Job, problem: str) -> None:
         result = job.result
