@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
@@ -134,7 +135,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
         ]
         finished = [(load(plan), json.loads((study / plan.stem / "result.json").read_text())) for plan in plans]
         if finished:
-            write_results(study, finished, by_study[study][0])
+            # One writer at a time: other calls write the same tables.
+            with open(study / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_results(study, finished, by_study[study][0])
 
     def report(job: Job, problem: str) -> None:
         result = job.result
