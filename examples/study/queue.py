@@ -7,6 +7,8 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 import warnings
@@ -110,6 +112,8 @@ def work_off(
     waiting = [job for job in jobs if job.result is None]
     free = list(devices)
     running: dict[int, tuple[Job, BaseProcess, str, TextIO]] = {}
+    # As Ctrl-C does, or the runs would go on without their parent.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while True:
             while free and time.time() < stop_at and (taken := _take(waiting, jobs, stop_at - time.time())):
@@ -135,6 +139,7 @@ def work_off(
     finally:
         for _, left_over, _, _ in running.values():
             left_over.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _take(waiting: list[Job], jobs: Sequence[Job], seconds: float) -> tuple[Job, TextIO] | None:
