@@ -2,6 +2,7 @@
 
 python -m examples.fabric_train --steps 20
 python -m examples.fabric_train --steps 40 --checkpoint runs/fabric.ckpt
+python -m examples.fabric_train --strategy fsdp2 --devices 2
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.fabric.strategies import FSDPStrategy, ModelParallelStrategy
 
 from examples.data import TextDataModule
-from examples.llama import Llama, LlamaConfig
-from examples.model import parameter_groups
+from examples.llama import DecoderLayer, Llama, LlamaConfig
+from examples.model import parallelize, parameter_groups
 from lightning_int8 import FabricFallbackInt8Precision
 
 
@@ -28,13 +30,17 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--text", help="text file or folder; default: Python's standard library")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp", "fsdp2"), default="auto")
     parser.add_argument("--checkpoint", type=Path, help="resumed from where it exists, written at the end")
     arguments = parser.parse_args(argv)
 
-    plugin = FabricFallbackInt8Precision(
-        recipe=arguments.recipe, precision=arguments.precision, ignore_modules=["lm_head"]
-    )
-    fabric = L.Fabric(accelerator=arguments.accelerator, devices=arguments.devices, plugins=plugin)
+    plugin = FabricFallbackInt8Precision(arguments.recipe, arguments.precision, ignore_modules=["lm_head"])
+    devices, strategy = arguments.devices, arguments.strategy
+    if strategy == "fsdp":
+        strategy = FSDPStrategy(auto_wrap_policy={DecoderLayer})
+    elif strategy == "fsdp2":
+        strategy = ModelParallelStrategy(parallelize, data_parallel_size=devices, tensor_parallel_size=1)
+    fabric = L.Fabric(accelerator=arguments.accelerator, devices=devices, strategy=strategy, plugins=plugin)
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
 
@@ -45,7 +51,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     data.setup()
     stream = data.train_dataloader(rank=fabric.global_rank, world_size=fabric.world_size)
     model = Llama(LlamaConfig(vocab_size=1024, n_layers=2))
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3))
+    model = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3))
 
     if arguments.checkpoint and arguments.checkpoint.exists():
         extra = fabric.load(arguments.checkpoint, {"model": model, "optimizer": optimizer})

@@ -1,10 +1,11 @@
 """Fine-tunes any causal language model of transformers in INT8, on your text.
 
 python -m examples.finetune path/to/model --text notes/ --steps 100 --out runs/finetuned
-python -m examples.finetune Qwen/Qwen2.5-0.5B --text notes/ --precision bf16-mixed
+python -m examples.finetune Qwen/Qwen2.5-0.5B --text notes/ --precision bf16-mixed --lora-rank 16
 
 The model is a folder that `save_pretrained` wrote (model and tokenizer), or a name on the Hugging Face hub. The result
-is such a folder again, in full precision. The output head stays in full precision while training.
+is such a folder again, in full precision. The output head stays in full precision while training. So do the adapters of
+LoRA, which are merged into the weights at the end.
 """
 
 from __future__ import annotations
@@ -87,6 +88,19 @@ def load(name: str) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def with_adapters(model: nn.Module, rank: int) -> Any:
+    """``model`` with LoRA adapters of ``rank`` on every linear layer but the head, and nothing else trainable.
+
+    Raises:
+        SystemExit: peft is missing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise SystemExit("--lora-rank needs peft: pip install peft.") from None
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
 def tokenize(tokenizer: Any, texts: list[str]) -> np.ndarray:
     """The token ids of ``texts`` one after another, with the end-of-text token between, where there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -105,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank; 0: all weights")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuned"), help="folder for the result")
     arguments = parser.parse_args(argv)
@@ -120,7 +135,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     validation = torch.utils.data.DataLoader(windows, batch_size=arguments.batch_size) if len(windows) else None
 
     head = model.get_output_embeddings()
-    ignored = [name for name, child in model.named_modules() if child is head]
+    trained = with_adapters(model, arguments.lora_rank) if arguments.lora_rank else model
+    ignored = [name for name, child in trained.named_modules() if child is head]
+    ignored += ["lora_A", "lora_B"] if arguments.lora_rank else []
     trainer = L.Trainer(
         accelerator=arguments.accelerator,
         devices=1,
@@ -134,8 +151,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    model.train()
-    trainer.fit(FineTuner(model, arguments.learning_rate), stream, validation)
+    trained.train()
+    trainer.fit(FineTuner(trained, arguments.learning_rate), stream, validation)
+    model = trained.merge_and_unload() if arguments.lora_rank else model
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     losses = {name: float(value) for name, value in trainer.callback_metrics.items()}

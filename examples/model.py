@@ -24,14 +24,18 @@ CompileMode = Literal["default", "reduce-overhead"]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in two groups: matrices of linears with weight decay, norms, biases and embeddings without."""
-    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    """The parameters in two groups: matrices with weight decay; norms, biases and embeddings without."""
+    # Told by their modules: FSDP1's shards have one dimension, whatever they are of.
+    spared = {
+        id(parameter)
+        for child in module.modules()
+        for name, parameter in child.named_parameters(recurse=False)
+        if isinstance(child, nn.Embedding) or "Norm" in type(child).__name__ or "bias" in name
+    }
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
-    kept = {id(p) for p in decayed}
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
     ]
 
 
@@ -43,8 +47,8 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float) 
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parallelize(model: Llama, mesh: DeviceMesh) -> None:
-    """Splits a decoder over ``mesh``, in place; a second call changes nothing.
+def parallelize(model: Llama, mesh: DeviceMesh) -> Llama:
+    """Splits a decoder over ``mesh``, in place, and returns it; a second call changes nothing.
 
     Args:
         model: The decoder.
@@ -56,7 +60,7 @@ def parallelize(model: Llama, mesh: DeviceMesh) -> None:
     """
     ranks, config = mesh["tensor_parallel"].size(), model.config
     if isinstance(model, FSDPModule) or isinstance(model.layers[0].attention.q_proj.weight, DTensor):
-        return
+        return model
     if ranks > 1:
         for name in ("n_kv_heads", "ffn_dim"):
             if getattr(config, name) % ranks:
@@ -73,6 +77,7 @@ def parallelize(model: Llama, mesh: DeviceMesh) -> None:
     if ranks == 1 or mesh["data_parallel"].size() > 1:
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh["data_parallel"])
+    return model
 
 
 class LlamaModule(L.LightningModule):

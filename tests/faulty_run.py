@@ -33,7 +33,7 @@ from lightning_int8 import FallbackInt8Precision, VerifiedCheckpointIO
 from tests.two_processes import add_up_in_order
 
 EVERY = 4
-# After how long without an answer NCCL ends the process; PyTorch's default is 10 minutes.
+# After how long without an answer NCCL ends the process; by default 30 minutes.
 NCCL_TIMEOUT = timedelta(seconds=20)
 
 

@@ -60,6 +60,24 @@ def test_a_local_model_learns_and_loads_again(tmp_path, text: Path, capsys, tied
     assert tuned(input_ids=ids, labels=ids).loss < 5.2
 
 
+def test_lora_trains_adapters_only_and_merges_them(tmp_path, text: Path, capsys) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
+    folder = save_model(tmp_path / "model", text, tied=False)
+    losses = finetune.main(
+        [str(folder), *arguments(text, tmp_path / "out", "--lora-rank", "4", "--precision", "32-true")]
+    )
+    assert "ignored by 'lora_A'" in capsys.readouterr().out
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert {name.split(".")[-2] for name in changed} == set(linears)
+    # Untrained, it is ln(300) = 5.704.
+    assert losses["val_loss"] < 5.69
+
+
 def test_errors_say_what_to_give(tmp_path, text: Path, capsys) -> None:
     rest = arguments(text, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"The model folder '/nowhere/model' does not exist; give one that save_pretr"):

@@ -130,6 +130,15 @@ def test_weight_decay_spares_norms_and_embeddings(tied: bool) -> None:
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
+def test_weight_decay_does_not_go_by_shapes() -> None:
+    model = Llama(SMALL)
+    sizes = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.1)]
+    for parameter in model.parameters():
+        # As FSDP1's shards are.
+        parameter.data = parameter.data.flatten()
+    assert [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.1)] == sizes
+
+
 def test_learning_rate_rises_then_falls_to_the_floor() -> None:
     factors = [warmup_cosine(step, 10, 100, 0.1) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
