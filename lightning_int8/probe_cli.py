@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_int8.probe import Method, ProbeResult, probe
-from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv
+from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv, write_summary
 
 Step = Callable[[], Tensor]
 
@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None, compared: Mapping[str, Method] | Non
         result = probe(model, step, compared, ignore_modules=arguments.ignore)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_csv(result, arguments.output / "probe.csv")
+    write_summary(result, arguments.output / "summary.csv")
     draw(result, arguments.output / "probe.png")
     console.print(outlier_table(result))
     console.print(summary_table(result))
-    console.print(f"{arguments.output}: probe.csv  probe.png", highlight=False)
+    console.print(f"{arguments.output}: probe.csv  summary.csv  probe.png", highlight=False)
     return result
 
 

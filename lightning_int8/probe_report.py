@@ -25,13 +25,29 @@ def summary_table(result: ProbeResult) -> Table:
     table.add_column("KL (nats)", justify="right")
     table.add_column("same top-1", justify="right")
     for method in sorted(result.kl, key=lambda name: result.kl[name]):
-        cells = []
-        for gemm in GEMMS:
-            values = result.column(method, gemm)
-            values = values[~values.isnan()]
-            cells.append(f"{values.median():.1f} / {values.min():.1f}" if len(values) else "–")
+        cells = [
+            f"{median:.1f} / {worst:.1f}" if median == median else "–" for median, worst in _summary(result, method)
+        ]
         table.add_row(method, *cells, f"{result.kl[method]:.2e}", f"{result.top1[method]:.2%}")
     return table
+
+
+def _summary(result: ProbeResult, method: str) -> list[tuple[float, float]]:
+    """Median and worst SQNR of Y, dX and dW over the linears; NaN where no linear has one."""
+    columns = [result.column(method, gemm) for gemm in GEMMS]
+    columns = [values[~values.isnan()] for values in columns]
+    return [(float(v.median()), float(v.min())) if len(v) else (float("nan"),) * 2 for v in columns]
+
+
+def write_summary(result: ProbeResult, path: str | Path) -> None:
+    """:func:`summary_table` as CSV."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        heads = [f"sqnr_{gemm}_db_{which}" for gemm in GEMMS for which in ("median", "worst")]
+        writer.writerow(["method", *heads, "kl_nats", "same_top1"])
+        for method in result.kl:
+            cells = [f"{value:.2f}" for pair in _summary(result, method) for value in pair]
+            writer.writerow([method, *cells, f"{result.kl[method]:.4e}", f"{result.top1[method]:.5f}"])
 
 
 def outlier_table(result: ProbeResult, count: int = 12) -> Table:

@@ -158,6 +158,11 @@ def test_command_on_a_checkpoint(checkpoint, tmp_path, capsys):
     first = rows[0]
     assert first["linear"] == "model.layers.0.attention.q_proj"
     assert float(first["sqnr_y_db"]) == pytest.approx(result.linears[0].sqnr[first["method"]][0], abs=0.01)
+    with open(out / "summary.csv", newline="") as lines:
+        summary = {row["method"]: row for row in csv.DictReader(lines)}
+    worst = min(float(row["sqnr_dw_db"]) for row in rows if row["method"] == "row")
+    assert float(summary["row"]["sqnr_dw_db_worst"]) == worst
+    assert float(summary["row"]["kl_nats"]) == pytest.approx(result.kl["row"], rel=1e-3)
     assert (out / "probe.png").stat().st_size > 10_000
 
 
