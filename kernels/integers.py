@@ -56,7 +56,7 @@ def _high_byte(bits):
 
 
 @triton.jit
-def _rows_of_block(B: tl.constexpr, RUN: tl.constexpr):
+def rows_of_block(B: tl.constexpr, RUN: tl.constexpr):
     """The order in which a program takes the rows of a block: those that one thread will hold are adjacent.
 
     A thread gets every ``B / RUN``-th row of a tile. Given that these are adjacent rows of the matrix, it holds runs of
@@ -68,7 +68,7 @@ def _rows_of_block(B: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _transposed(value, B: tl.constexpr, PART: tl.constexpr, RUN: tl.constexpr):
-    """A tile with rows as in `_rows_of_block`, transposed, and its rows, now columns, in their own order."""
+    """A tile with rows as in `rows_of_block`, transposed, and its rows, now columns, in their own order."""
     return tl.reshape(tl.permute(tl.reshape(value, [RUN, B // RUN, PART]), (2, 1, 0)), [PART, B])
 
 
@@ -80,7 +80,7 @@ def _store_low(low, low_t, value, row, column, rows, columns, B: tl.constexpr, P
     """
     j = tl.arange(0, PART)
     if low is not None:
-        i = _rows_of_block(B, RUN)
+        i = rows_of_block(B, RUN)
         pitch = tl.cdiv(columns, B) * B
         low += row.to(tl.int64) * pitch + column
         tl.store(low + (i[:, None] * pitch + j[None, :]), value, mask=(i < rows - row)[:, None])
@@ -98,13 +98,13 @@ def _store_high(high, high_t, value, slot, part, B: tl.constexpr, PART: tl.const
     j = part * PART + tl.arange(0, PART)
     base = slot.to(tl.int64) * (B * B)
     if high is not None:
-        tl.store(high + base + (_rows_of_block(B, RUN)[:, None] * B + j[None, :]), value)
+        tl.store(high + base + (rows_of_block(B, RUN)[:, None] * B + j[None, :]), value)
     if high_t is not None:
         tl.store(high_t + base + (j[:, None] * B + tl.arange(0, B)[None, :]), _transposed(value, B, PART, RUN))
 
 
 @triton.jit
-def _place(columns, B: tl.constexpr, PART: tl.constexpr):
+def place(columns, B: tl.constexpr, PART: tl.constexpr):
     """This program's row of blocks, column of blocks, and which ``PART`` columns of the block; blocks from the last."""
     PARTS: tl.constexpr = B // PART
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -113,15 +113,50 @@ def _place(columns, B: tl.constexpr, PART: tl.constexpr):
     return block // column_blocks, block % column_blocks, pid % PARTS
 
 
+@triton.jit
+def inverse_scales(scale, r, rows):
+    """Reciprocals of the scales of the rows ``r``."""
+    return tl.div_rn(1.0, tl.load(scale + r, mask=r < rows, other=1.0))
+
+
+@triton.jit
+def store_row_planes(
+    value,
+    factor,  # the rows' reciprocal scales; loaded before the tile, or it takes 50 more registers
+    slot,  # int32 [RB, QB], or None: no fallback
+    low,
+    low_t,
+    high,
+    high_t,
+    row_block,
+    column_block,
+    part,
+    rows,
+    columns,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Quantizes a tile, with rows as in `rows_of_block`, of `place`, and writes what planes are not ``None``."""
+    row = row_block * B
+    column = column_block * B + part * PART
+    bits = _integer_bits(value * factor[:, None], None, None, _finite_mask(factor)[:, None])
+    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
+    if slot is not None:
+        block_slot = tl.load(slot + row_block * tl.cdiv(columns, B) + column_block)
+        if block_slot >= 0:
+            _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART, RUN)
+
+
 @CachedLaunch
 @triton.jit
 def row_planes(
     x,
     scale,  # float32 [R]
-    slot,  # int32 [RB, QB]
+    slot,  # int32 [RB, QB], or None: no fallback
     low,
     low_t,
-    high,  # None: no fallback
+    high,
     high_t,
     rows,
     columns,
@@ -132,20 +167,15 @@ def row_planes(
     RUN: tl.constexpr,
 ):
     """Integers of ``PART`` columns of a block of ``x [R, Q]``, both bytes in both layouts."""
-    row_block, column_block, part = _place(columns, B, PART)
+    row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    i = _rows_of_block(B, RUN)
-    j = tl.arange(0, PART)
-    r = row + i
-    factor = tl.div_rn(1.0, tl.load(scale + r, mask=r < rows, other=1.0))
-    v = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c) * factor[:, None]
-    bits = _integer_bits(v, None, None, _finite_mask(factor)[:, None])
-    _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
-    if high is not None:
-        block_slot = tl.load(slot + row_block * tl.cdiv(columns, B) + column_block)
-        if block_slot >= 0:
-            _store_high(high, high_t, _high_byte(bits), block_slot, part, B, PART, RUN)
+    i = rows_of_block(B, RUN)
+    factor = inverse_scales(scale, row + i, rows)
+    value = load_tile(x, row, column, i, tl.arange(0, PART), rows, columns, stride_r, stride_c)
+    store_row_planes(
+        value, factor, slot, low, low_t, high, high_t, row_block, column_block, part, rows, columns, B, PART, RUN
+    )
 
 
 @CachedLaunch
@@ -173,10 +203,10 @@ def gradient_planes(
     RUN: tl.constexpr,
 ):
     """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM."""
-    row_block, column_block, part = _place(columns, B, PART)
+    row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    i = _rows_of_block(B, RUN)
+    i = rows_of_block(B, RUN)
     j = tl.arange(0, PART)
     r = row + i
     c = column + j
@@ -234,10 +264,10 @@ def block_planes(
     RUN: tl.constexpr,
 ):
     """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts."""
-    row_block, column_block, part = _place(columns, B, PART)
+    row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    i = _rows_of_block(B, RUN)
+    i = rows_of_block(B, RUN)
     j = tl.arange(0, PART)
     block = row_block * tl.cdiv(columns, B) + column_block
     block_slot = tl.full([], -1, tl.int32)

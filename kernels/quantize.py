@@ -141,8 +141,8 @@ def row_from_statistics(
             FALLBACK=fallback, **select_sizes(block, blocks, column_blocks),
         )  # fmt: skip
         row_planes[parts("row_planes", blocks, block)](
-            x, scale, slot, low, low_t if transpose else None, high if fallback else None,
-            high_t if fallback and transpose else None, rows, columns, *x.stride(),
+            x, scale, slot if fallback else None, low, low_t if transpose else None, high,
+            high_t if transpose else None, rows, columns, *x.stride(),
             B=block, **options("row_planes", block),
         )  # fmt: skip
     return low, low_t, high, high_t, slot, scale, int_max

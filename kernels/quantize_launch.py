@@ -11,7 +11,7 @@ from lightning_int8.kernels.reference import _INT32_LIMIT
 BLOCKS = (32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Launch options by kernel and block edge. `PART`: how many columns of a block (`gradient_statistics`: how many rows) a
-# program takes at a time; `RUN`: see `integers._rows_of_block`; `STAGES`: of the software pipeline.
+# program takes at a time; `RUN`: see `integers.rows_of_block`; `STAGES`: of the software pipeline.
 _PLANES = {
     32: {"num_warps": 2, "PART": 32, "RUN": 4},
     64: {"num_warps": 2, "PART": 64, "RUN": 4},

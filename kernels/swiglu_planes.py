@@ -10,15 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_int8.kernels.integers import (
-    _finite_mask,
-    _high_byte,
-    _integer_bits,
-    _place,
-    _rows_of_block,
-    _store_high,
-    _store_low,
-)
+from lightning_int8.kernels.integers import inverse_scales, place, rows_of_block, store_row_planes
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import blocks_along, padded
 from lightning_int8.kernels.quantize_launch import Allocator, on, options, parts
@@ -32,9 +24,9 @@ def swiglu_row_planes(
     gate,
     up,
     scale,  # float32 [R]
-    slot,  # int32 [RB, QB]
+    slot,  # int32 [RB, QB], or None: no fallback
     low_t,
-    high_t,  # None: no fallback
+    high_t,
     rows,
     columns,
     B: tl.constexpr,
@@ -42,22 +34,18 @@ def swiglu_row_planes(
     RUN: tl.constexpr,
 ):
     """`row_planes` of ``PART`` columns of a block of ``silu(gate)·up``, both row-major ``[R, Q]``; transposed only."""
-    row_block, column_block, part = _place(columns, B, PART)
+    row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
-    i = _rows_of_block(B, RUN)
+    i = rows_of_block(B, RUN)
     j = tl.arange(0, PART)
-    r = row + i
     dtype = gate.dtype.element_ty
-    factor = tl.div_rn(1.0, tl.load(scale + r, mask=r < rows, other=1.0))
+    factor = inverse_scales(scale, row + i, rows)
     silu = silu_in(load_tile(gate, row, column, i, j, rows, columns, columns, 1), dtype)
     h = (silu * load_tile(up, row, column, i, j, rows, columns, columns, 1)).to(dtype).to(tl.float32)
-    bits = _integer_bits(h * factor[:, None], None, None, _finite_mask(factor)[:, None])
-    _store_low(None, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
-    if high_t is not None:
-        block_slot = tl.load(slot + row_block * tl.cdiv(columns, B) + column_block)
-        if block_slot >= 0:
-            _store_high(None, high_t, _high_byte(bits), block_slot, part, B, PART, RUN)
+    store_row_planes(
+        h, factor, slot, None, low_t, None, high_t, row_block, column_block, part, rows, columns, B, PART, RUN
+    )
 
 
 def swiglu_planes(
@@ -84,7 +72,7 @@ def swiglu_planes(
     blocks = blocks_along(rows, block) * blocks_along(columns, block)
     with on(gate):
         swiglu_row_planes[parts("swiglu_row_planes", blocks, block)](
-            gate, up, scale, slot, low_t, high_t if capacity > 0 else None, rows, columns,
+            gate, up, scale, slot if capacity > 0 else None, low_t, high_t, rows, columns,
             B=block, **options("swiglu_row_planes", block),
         )  # fmt: skip
     return low_t, high_t
