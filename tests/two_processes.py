@@ -39,7 +39,7 @@ def add_up_in_order(device: str) -> None:
 
 
 def launch(
-    module: str, folder: Path, *arguments: str, timeout: float = 200.0, gpus: bool = False, processes: int = 2
+    module: str, folder: Path, *arguments: str, timeout: float = 270.0, gpus: bool = False, processes: int = 2
 ) -> list[int]:
     """Runs ``python -m module folder arguments`` as ranks 0, 1 and so on, on this machine's CPU or ``gpus``.
 
