@@ -107,7 +107,7 @@ def saved(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - DISTRIBUTED))
-def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = None
     if "last.ckpt" in LINES[name]:
