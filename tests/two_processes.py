@@ -38,13 +38,11 @@ def add_up_in_order(device: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def launch(
-    module: str, folder: Path, *arguments: str, timeout: float = 270.0, gpus: bool = False, processes: int = 2
-) -> list[int]:
+def launch(module: str, folder: Path, *arguments: str, gpus: bool = False, processes: int = 2) -> list[int]:
     """Runs ``python -m module folder arguments`` as ranks 0, 1 and so on, on this machine's CPU or ``gpus``.
 
     Returns:
-        The exit codes; output is in ``folder/rank0.log`` and ``folder/rank1.log``.
+        The exit codes; output is in ``folder/rank0.log`` and so on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -72,7 +70,8 @@ def launch(
             )
     try:
         for worker in workers:
-            worker.wait(timeout=timeout)
+            # Below pytest's own limit, so that a failure shows the logs.
+            worker.wait(timeout=130 if gpus else 270)
     except subprocess.TimeoutExpired:
         pass  # its exit code tells
     finally:
