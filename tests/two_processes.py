@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,11 @@ def launch(module: str, folder: Path, *arguments: str, gpus: bool = False, proce
                     stderr=subprocess.STDOUT,
                 )
             )
+    # Below pytest's own limit, so that a failure shows the logs.
+    end = time.monotonic() + (130 if gpus else 270)
     try:
         for worker in workers:
-            # Below pytest's own limit, so that a failure shows the logs.
-            worker.wait(timeout=130 if gpus else 270)
+            worker.wait(timeout=max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass  # its exit code tells
     finally:
