@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -34,17 +35,22 @@ MODELS = ("ours", "llama")
 OTHERS = ("qwen2", "mistral", "gpt2", "bert", "vit", "encoder")
 STRATEGIES = ("ddp", "fsdp1", "fsdp2")
 VARIANTS = ("eager", "checkpointed", "compiled")
+# Compared with DDP's, not with plain DDP.
+OTHER_RUNS = ("accumulated", "LoRA")
 # Of FSDP2 alone: weights kept after the forward, the model made on the meta device, weights gathered in bfloat16.
 FSDP2_VARIANTS = ("not resharded", "from meta", "gathered in bfloat16")
 CELLS = [
     *itertools.product(MODELS, STRATEGIES, VARIANTS),
     *itertools.product(["ours"], STRATEGIES, ["compiled and checkpointed"]),
     *itertools.product(["ours"], ["fsdp2"], FSDP2_VARIANTS),
-    # Lightning does not take a compiled LightningModule under FSDP2.
+    *itertools.product(["ours"], STRATEGIES, ["accumulated"]),
+    # Lightning neither averages sharded weights nor takes a compiled LightningModule under FSDP2.
+    ("ours", "ddp", "averaged"),
     *itertools.product(["ours"], ["ddp", "fsdp1"], ["whole module compiled"]),
 ]
 OTHER_CELLS = [
     *itertools.product(OTHERS, STRATEGIES, ["eager"]),
+    *itertools.product(["ours"], STRATEGIES, ["LoRA"]),
     *itertools.product(OTHERS[:-1], ["ddp"], ["compiled and checkpointed"]),
     ("encoder", "ddp", "compiled"),
 ]
@@ -93,6 +99,10 @@ class Module(pl.LightningModule):
         self.variant = variant
         checkpointed = "checkpointed" in variant
         self.model = ours(checkpointed) if model == "ours" else Other(model, checkpointed)
+        if variant == "LoRA":
+            import peft
+
+            self.model = peft.get_peft_model(self.model, peft.LoraConfig(target_modules="all-linear"))
         # Each of these models has one list, of its two layers.
         (self.layers,) = (list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList))
         if "compiled" in variant and "whole" not in variant:
@@ -117,7 +127,7 @@ class Module(pl.LightningModule):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
     def train_dataloader(self) -> DataLoader:
         generator = torch.Generator().manual_seed(0)
@@ -157,8 +167,11 @@ def run(folder: Path, device: str, model: str, strategy: str, variant: str) -> d
         "fsdp1": lambda: fsdp1(auto_wrap_policy={type(module.layers[0])}),
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }
-    plugin = FallbackInt8Precision(GPU_RECIPE, "bf16-mixed" if "bfloat16" in variant else "32-true")
+    precision = "bf16-mixed" if "bfloat16" in variant else "32-true"
+    plugin = FallbackInt8Precision(GPU_RECIPE, precision, ["lora_A", "lora_B"] if variant == "LoRA" else None)
     options = {"accelerator": device, "devices": 2, "strategy": strategies[strategy]()}
+    options |= {"accumulate_grad_batches": 2} if variant == "accumulated" else {}
+    options |= {"callbacks": [EMAWeightAveraging()]} if variant == "averaged" else {}
     fitted = torch.compile(module, backend="aot_eager") if "whole" in variant else module
     trainer(folder, plugin=plugin, **options).fit(fitted)
     return {"losses": module.losses, "graphs": module.graphs}
