@@ -9,6 +9,7 @@ strategy whose checkpoints are written and resumed.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,8 +40,8 @@ PAIRS = {
     "fsdp2-sharded": ("fsdp2",),
 }
 PLAIN = ("ddp", "fsdp1-sharded", "fsdp2-sharded")
-# Where torchao's AdamW8bit can be saved and resumed.
-EIGHT_BITS = ("ddp", "fsdp2-sharded")
+# Where which AdamW8bit can be saved and resumed.
+EIGHT_BITS = {"ddp": ("torchao", "bitsandbytes"), "fsdp2-sharded": ("torchao",)}
 
 
 class Phase(TinyModule):
@@ -177,14 +178,14 @@ def every_run(folder: Path, device: str, kind: str) -> dict[str, Any]:
         results[f"plain {name} > {name}"] = run(folder, device, name, 2, saved)
         results[f"{name} > plain {name}"] = run(folder, device, name, 2, folder / name, int8=False)
     if device == "cpu":
-        from torchao.optim import AdamW8bit
-
-        # It compiles its step, for half a minute.
+        # torchao compiles its step, for half a minute.
         torch.compile = functools.partial(torch.compile, backend="eager")
         for name in of_kind(EIGHT_BITS):
-            saved = folder / f"8-bit {name}"
-            results[f"{name}, 8-bit"] = run(folder, device, name, 0, None, save=saved, optimizer=AdamW8bit)
-            results[f"{name}, 8-bit, resumed"] = run(folder, device, name, 1, saved, optimizer=AdamW8bit)
+            for package in EIGHT_BITS[name]:
+                optimizer = importlib.import_module(f"{package}.optim").AdamW8bit
+                saved = folder / f"{package} {name}"
+                results[f"{name}, {package}"] = run(folder, device, name, 0, None, save=saved, optimizer=optimizer)
+                results[f"{name}, {package}, resumed"] = run(folder, device, name, 1, saved, optimizer=optimizer)
     return results
 
 

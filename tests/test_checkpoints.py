@@ -76,14 +76,16 @@ def test_int8_is_left_and_taken_up(ranks, one_device, name: str) -> None:
     assert all(table[0].isfinite().all() for table in first.values())
 
 
-@pytest.mark.parametrize("name", EIGHT_BITS)
-def test_8bit_states_train_alike_and_are_resumed(ranks, one_device, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "package"), [(name, each) for name, packages in EIGHT_BITS.items() for each in packages]
+)
+def test_8bit_states_train_alike_and_are_resumed(ranks, one_device, name: str, package: str) -> None:
     if one_device["device"] == "gpu":
         pytest.skip("torchao compiles for too long")
     for rank in ranks:
         for part, full in (("", None), (", resumed", "single > ddp")):
-            losses = rank[f"{name}, 8-bit{part}"]["losses"]
-            assert losses == pytest.approx(rank[f"ddp, 8-bit{part}"]["losses"], rel=1e-3)
+            losses = rank[f"{name}, {package}{part}"]["losses"]
+            assert losses == pytest.approx(rank[f"ddp, torchao{part}"]["losses"], rel=1e-3)
             if full:
                 # Not what fresh states would do.
                 assert losses == pytest.approx(rank[full]["losses"], rel=5e-3)
