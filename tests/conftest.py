@@ -19,7 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         # One thread a worker: workers that each take every core slow each other down.
         torch.set_num_threads(1)
-        take_another_gpu_first(int(config.workerinput["workerid"].removeprefix("gw")))
         _spread_over_gpus(int(config.workerinput["workerid"].removeprefix("gw")))
 
 
@@ -30,15 +29,6 @@ def _spread_over_gpus(worker: int) -> None:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",")[:count] if named else [str(i) for i in range(count)]
         first = worker % count
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
-
-
-def take_another_gpu_first(worker: int) -> None:
-    """Most tests use the first GPU they see: the workers see them in different orders."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    first = worker % max(1, len(gpus))
-    if first:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
 
 
