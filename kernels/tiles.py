@@ -22,7 +22,8 @@ SHARED_MEMORY = {
 }  # fmt: skip
 # What a CPU (Triton's interpreter) and a chip that is not in the table are taken for: the least capable.
 FALLBACK_ARCHITECTURE = 86
-MOST_WITH_ADDEND = 128 * 128
+# Outputs a thread, beyond which it has no registers for a tensor that is added to them.
+MOST_WITH_ADDEND = 64
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Tile:
     def shared_memory(self, block: int) -> int:
         """Bytes of shared memory that the pipeline holds: ``stages`` tiles of both operands, and some barriers."""
         return self.stages * (self.rows + self.columns) * block + 1024
+
+    @property
+    def takes_addend(self) -> bool:
+        """Whether its threads have registers for a tensor that is added to the output."""
+        return self.rows * self.columns <= MOST_WITH_ADDEND * 32 * self.warps
 
 
 def form(scaling: str, block: int, b_high: bool) -> str:
@@ -72,13 +78,13 @@ def choose(scaling: str, rows: int, columns: int, block: int, b_high: bool, adde
         columns: Columns of the output.
         block: Block edge.
         b_high: Whether the second operand has fallback blocks.
-        addend: Whether a tensor is added: a tile of more than ``MOST_WITH_ADDEND`` outputs has no registers for it.
+        addend: Whether a tensor is added, which not all tiles have registers for.
         device: Where the product runs.
     """
     architecture, processors = chip(device)
     tiles = _listed(architecture, form(scaling, block, b_high), block)
     for tile in tiles:
-        if addend and tile.rows * tile.columns > MOST_WITH_ADDEND:
+        if addend and not tile.takes_addend:
             continue
         if blocks_along(rows, tile.rows) * blocks_along(columns, tile.columns) >= processors:
             return tile

@@ -19,10 +19,12 @@ import torch
 from lightning_int8.kernels import gemm, tile_table
 from lightning_int8.kernels.compile_ahead import default_workers, noted, side_by_side
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
-from lightning_int8.kernels.tiles import FALLBACK_ARCHITECTURE, MOST_WITH_ADDEND, SHARED_MEMORY, Tile, chip, choose
+from lightning_int8.kernels.tiles import FALLBACK_ARCHITECTURE, SHARED_MEMORY, Tile, chip, choose
 
-# Rows, columns and contraction.
-SHAPES = ((16384, 4096, 4096), (2048, 2048, 2048), (512, 2048, 2048))
+# Rows, columns and contraction; a wgrad, the one `row` product with fallback blocks in both operands, contracts over
+# tokens.
+LARGE, WGRAD = (16384, 4096, 4096), (4096, 4096, 16384)
+SMALLER = ((2048, 2048, 2048), (512, 2048, 2048))
 RATE = 0.2
 # Form: scaling, block edge, whether the second operand has fallback blocks.
 FORMS = {
@@ -32,6 +34,11 @@ FORMS = {
     "block64": ("block", 64, True),
     "block32": ("block", 32, True),
 }
+
+
+def shapes(form: str) -> list[tuple[int, int, int]]:
+    """A large, a middling and a small product of a form."""
+    return [WGRAD if form == "row_both" else LARGE, *SMALLER]
 
 
 def every_tile(architecture: int, block: int, groups: tuple[int, ...]) -> list[Tile]:
@@ -74,7 +81,7 @@ def tiles_for(form: str, shape: tuple[int, int, int], architecture: int) -> list
     """The present tile, then the others. Which tiles share the L2 cache matters where many do not run at a time."""
     scaling, block, both = FORMS[form]
     present = choose(scaling, shape[0], shape[1], block, both, False, torch.device("cuda"))
-    groups = (4, 8, 16) if shape == SHAPES[0] else (8,)
+    groups = (8,) if shape in SMALLER else (4, 8, 16)
     return list(dict.fromkeys([present, *every_tile(architecture, block, groups)]))
 
 
@@ -130,17 +137,18 @@ def main() -> None:
     table = {a: dict(forms) for a, forms in tile_table.TILES.items()}
     nearest = max((a for a in table if a <= architecture), default=min(table))
     table[architecture] = dict(table[nearest])
-    compile_all([(form, shape) for form in args.forms for shape in SHAPES], architecture, 0.75 * args.seconds)
+    compile_all([(form, shape) for form in args.forms for shape in shapes(form)], architecture, 0.75 * args.seconds)
     for form in args.forms:
-        found = [fastest(form, shape, architecture, until) for shape in SHAPES]
+        found = [fastest(form, shape, architecture, until) for shape in shapes(form)]
         if None in found:
             print(f"out of time (--seconds {args.seconds:g}): sm_{architecture} keeps its {form}")
             continue
         # Of equally large tiles only the first would ever be taken: that of the larger shape.
         by_area = {tile.rows * tile.columns: tile for tile in reversed(found) if tile is not None}
         tiles = [by_area[area] for area in sorted(by_area, reverse=True)]
-        if tiles[-1].rows * tiles[-1].columns > MOST_WITH_ADDEND:
-            tiles.append(Tile(128, 128, 8, 3))
+        # A large product with an addend is not to fall to the next smaller tile.
+        if not tiles[0].takes_addend:
+            tiles = sorted({*tiles, Tile(128, 128, 8, 3)}, key=lambda t: (-t.rows * t.columns, t.takes_addend))
         table[architecture][form] = [(t.rows, t.columns, t.warps, t.stages, t.group) for t in tiles]
         # After each form, so that what was measured survives whatever ends the rest.
         args.output.write_text(

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from lightning_int8.kernels import tile_table, tiles, tune
 from lightning_int8.kernels.tiles import Tile
 
-LARGE, MIDDLE, SMALL = tune.SHAPES
+LARGE, MIDDLE, SMALL = tune.shapes("row")
 WIDE, SQUARE, LITTLE = Tile(128, 256, 8, 3, 4), Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)
 
 
@@ -34,14 +34,17 @@ def tuned(monkeypatch, tmp_path: Path, fastest, *arguments: str, architecture: i
 
 
 def test_only_what_was_measured_changes(monkeypatch, tmp_path) -> None:
-    times = {"row": {LARGE: WIDE, MIDDLE: SQUARE, SMALL: LITTLE}, "row_both": {LARGE: WIDE, MIDDLE: None, SMALL: None}}
+    times = {
+        "row": {LARGE: WIDE, MIDDLE: SQUARE, SMALL: LITTLE},
+        "row_both": {tune.WGRAD: WIDE, MIDDLE: None, SMALL: None},
+    }
     table = tuned(monkeypatch, tmp_path, times, "--forms", "row_both", "row")
     assert table[90] == {**tile_table.TILES[90], "row": [(128, 256, 8, 3, 4), (128, 128, 8, 3, 8), (64, 64, 4, 4, 8)]}
     assert {a: table[a] for a in (80, 86, 100, 120)} == {a: tile_table.TILES[a] for a in (80, 86, 100, 120)}
 
 
 def test_nothing_is_written_where_there_was_no_time(monkeypatch, tmp_path, capsys) -> None:
-    assert tuned(monkeypatch, tmp_path, {"row": dict.fromkeys(tune.SHAPES)}, "--forms", "row") == {}
+    assert tuned(monkeypatch, tmp_path, {"row": dict.fromkeys(tune.shapes("row"))}, "--forms", "row") == {}
     assert "out of time (--seconds 600): sm_90 keeps its row" in capsys.readouterr().out
 
 
@@ -50,7 +53,9 @@ def test_equally_large_tiles_are_one_and_an_added_tensor_fits(monkeypatch, tmp_p
     table = tuned(monkeypatch, tmp_path, {"row": {LARGE: WIDE, MIDDLE: other, SMALL: other}}, "--forms", "row")
     assert table[90]["row"] == [(128, 256, 8, 3, 4), (128, 128, 8, 3, 8)]
     # A new architecture starts from the list of the next lower one.
-    table = tuned(monkeypatch, tmp_path, {"row": dict.fromkeys(tune.SHAPES, SQUARE)}, "--forms", "row", architecture=89)
+    table = tuned(
+        monkeypatch, tmp_path, {"row": dict.fromkeys(tune.shapes("row"), SQUARE)}, "--forms", "row", architecture=89
+    )
     assert table[89] == {**tile_table.TILES[86], "row": [(128, 128, 8, 3, 8)]}
 
 
