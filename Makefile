@@ -73,7 +73,7 @@ gpu-test: $(READY) ## Test on a GPU
 	$(RUN) -m pytest -m gpu -n $(GPU_WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 bench: $(READY) ## Measure on a GPU
-	$(RUN) -m lightning_int8.bench --config $(or $(CONFIG),$(BENCH_MODELS)) --seconds 185 --output docs/results $(ARGS)
+	$(RUN) -m lightning_int8.bench --config $(or $(CONFIG),$(BENCH_MODELS)) --seconds 180 --output docs/results $(ARGS)
 	$(if $(CONFIG),,$(RUN) -m benchmarks.readme $$(ls -t docs/results/*-bench.json | head -1))
 
 lint: $(READY) lightning_int8/kernels ## Lint, check formatting and types

@@ -187,11 +187,12 @@ class Run:
         """Those of ``items`` for which there is time; says from which on there was none."""
         left = list(items)
         task = self.bar.add_task(f"{what}s", total=len(left))
-        longest = 0.0
-        while left and self.clock.before(until, longest):
+        durations: list[float] = []
+        # The first also loads what all of them need.
+        while left and self.clock.before(until, max(durations[1:], default=0.0)):
             begin = time.monotonic()
             yield left.pop(0)
-            longest = max(longest, time.monotonic() - begin)
+            durations.append(time.monotonic() - begin)
             self.bar.advance(task)
         if left:
             rest = f", {len(left)} of {len(items)}" if len(items) > 1 else ""
