@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -80,6 +80,22 @@ def parallelize(model: Llama, mesh: DeviceMesh) -> Llama:
     return model
 
 
+def one_by_one_on_several_meshes(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Turns off ``foreach`` where an optimizer has tensors of several meshes, or plain ones beside DTensors.
+
+    That is what tensor parallelism leaves, and PyTorch's optimizers, which on GPUs take all tensors together, fail
+    there. To be called when they are made, since loading a checkpoint begins with a step, and again when one has been
+    loaded, which brings its own setting.
+
+    Args:
+        optimizers: Changed in place.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "foreach" in group and len({getattr(p, "device_mesh", None) for p in group["params"]}) > 1:
+                group["foreach"] = False
+
+
 class LlamaModule(L.LightningModule):
     """Trains a :class:`Llama` on batches of token ids ``[batch, length + 1]`` to predict each next token.
 
@@ -145,6 +161,10 @@ class LlamaModule(L.LightningModule):
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
 
+    def on_train_start(self) -> None:
+        """Lets the optimizer take weights one by one where they lie on several meshes."""
+        one_by_one_on_several_meshes(self.trainer.optimizers)
+
     def on_fit_start(self) -> None:
         """Refuses what PyTorch computes wrongly.
 
@@ -195,6 +215,7 @@ class LlamaModule(L.LightningModule):
         optimizer = self.optimizer(
             parameter_groups(self, hparams["weight_decay"]), lr=hparams["learning_rate"], betas=tuple(hparams["betas"])
         )
+        one_by_one_on_several_meshes([optimizer])
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps, floor = hparams["warmup_steps"], hparams["min_learning_rate_fraction"]
         scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from examples.model import parallelize
+from examples.model import one_by_one_on_several_meshes, parallelize
 from lightning_int8 import FallbackInt8Precision, consolidate_checkpoint
 from lightning_int8.plugin_core import clip_grad_norm
 from tests.stack_worker import BATCH, LENGTH, VOCABULARY, Module
@@ -54,6 +54,15 @@ class OneDevice(Module):
 class Parallel(OneDevice):
     def configure_model(self) -> None:
         parallelize(self.model, self.device_mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # As by default on a GPU.
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=True)
+        one_by_one_on_several_meshes([optimizer])
+        return optimizer
+
+    def on_train_start(self) -> None:
+        one_by_one_on_several_meshes(self.trainer.optimizers)
 
 
 def tokens() -> Tensor:

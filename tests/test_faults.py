@@ -84,7 +84,10 @@ def test_the_next_write_replaces_a_partial_file(tmp_path: Path) -> None:
 @pytest.mark.strict
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_of_two_ranks_dies(tmp_path: Path, device: str) -> None:
+def test_one_of_two_ranks_dies(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A quarter of what NCCL's watchdog, when an answer is overdue, waits for dumps before it ends the process.
+    monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
+
     def start(folder: str, task: str) -> list[int]:
         (tmp_path / folder).mkdir(exist_ok=True)
         text(tmp_path / folder)

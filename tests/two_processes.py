@@ -89,7 +89,8 @@ def results(module: str, folder: Path, device: str, parts: list[list[str]], **op
     """
     if device == "cpu":
         parts = [[name for part in parts for name in part]]
-    folders = [folder / "-".join(part) for part in parts]
+    # Beside what the workers themselves save under the parts' names.
+    folders = [folder / f"worker-{'-'.join(part)}" for part in parts]
     with ThreadPoolExecutor(len(parts)) as pool:
         running = [
             pool.submit(launch, module, here, device, *part, gpus=device == "gpu", **options)
