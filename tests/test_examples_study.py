@@ -78,6 +78,13 @@ def test_a_run_that_was_stopped_after_every_step_ends_as_one_that_was_not(shared
     assert not (tmp_path / "stopped" / "last.ckpt").exists()
 
 
+def test_a_run_that_is_lost_fails_and_leaves_no_result(shared, tmp_path):
+    shared = {**shared, "model": {**shared["model"], "learning_rate": 1e30}}
+    with pytest.raises(RuntimeError, match=r"held-out loss is nan after step 4"):
+        train(Run("one"), shared, tmp_path / "one", None)
+    assert not (tmp_path / "one" / "result.json").exists()
+
+
 def test_finished_runs_are_kept_and_compared_with_the_baseline_of_their_kind(study, capsys):
     small_blocks = {"preset": "row", "block_size": 16}
     runs = {

@@ -42,7 +42,7 @@ class OutOfTimeError(RuntimeError):
 
 
 class StopAt(Callback):
-    """Saves a checkpoint and ends the run when its time is over.
+    """Saves a checkpoint and ends the run when its time is over; ends it without one when its loss is not finite.
 
     Args:
         when: The end by `time.time()`.
@@ -61,6 +61,9 @@ class StopAt(Callback):
             self._stop_when_over(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the held-out loss is {loss} after step {trainer.global_step}: the run is lost")
         self._stop_when_over(trainer)
 
     def _stop_when_over(self, trainer: L.Trainer) -> None:
@@ -86,6 +89,7 @@ def train(
 
     Raises:
         OutOfTimeError: It has stopped; another call goes on where it was.
+        RuntimeError: The held-out loss is not finite.
         ValueError: ``folder`` holds results of another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
