@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from examples.llama import Llama, LlamaConfig, apply_rotary, rotary_table
-from examples.model import LlamaModule, parameter_groups, warmup_cosine
+from examples.model import LlamaModule, parallelize, parameter_groups, warmup_cosine
 from tests.assertions import assert_close
 
 SMALL = LlamaConfig(vocab_size=61, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=16)
@@ -128,6 +129,14 @@ def test_weight_decay_spares_norms_and_embeddings(tied: bool) -> None:
     assert all("proj" in names[id(p)] or names[id(p)] == "lm_head.weight" for p in decayed["params"])
     assert all("norm" in names[id(p)] or names[id(p)] == "embed_tokens.weight" for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("n_kv_heads", 3), ("ffn_dim", 2)])
+def test_tensor_parallel_size_must_divide_what_it_splits(name: str, ranks: int) -> None:
+    model = Llama(dataclasses.replace(SMALL, ffn_dim=51))
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: ranks)}
+    with pytest.raises(ValueError, match=rf"tensor_parallel_size={ranks} must divide LlamaConfig\.{name}="):
+        parallelize(model, mesh)
 
 
 def test_weight_decay_does_not_go_by_shapes() -> None:
