@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "matrix_statistics": {32: {"num_warps": 1}, 64: {"num_warps": 4}, 128: {"num_warps": 16}},
     "row_planes": dict(_PLANES),
     "swiglu_row_planes": _PLANES | {128: {"num_warps": 4, "PART": 32, "RUN": 4}},
-    # Elements, of as many whole rows as that is; more warps for longer rows. As in `select_sizes`, ptxas spills otherwise.
+    # Elements, of as many whole rows as that is; more warps for longer rows. Without `maxnreg` ptxas spills a register.
     "plain_row_planes": {block: {"num_warps": 8, "PART": 8192, "maxnreg": 96} for block in BLOCKS},
     "block_planes": dict(_PLANES),
     "gradient_statistics": {block: {"num_warps": 1, "PART": 1024 // block, "STAGES": 3} for block in BLOCKS},
