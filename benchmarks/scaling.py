@@ -13,7 +13,6 @@ import gc
 import json
 import platform
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from benchmarks.train_step import MODELS, next_token_loss
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import convert_to_int8
 from lightning_int8.bench.step import make_step
+from lightning_int8.bench.timing import seconds
 
 # Strategies, and torch.compile's mode for each layer under them. FSDP2 gathers weights wherever there is room, where a
 # CUDA graph would not find them.
@@ -71,14 +71,7 @@ def measure(
     ids = torch.randint(config.vocab_size, (tokens // config.max_seq_len, config.max_seq_len + 1), device=device)
     group = alone if strategy == "one" else None
     step = make_step(partial(next_token_loss, forward, ids), model, optimizer, group)
-    times = []
-    for i in range(3 + steps):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        if i >= 3:
-            times.append(1e3 * (time.perf_counter() - start))
+    times = [1e3 * seconds(step, device) for _ in range(3 + steps)][3:]
     peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     worst = torch.tensor([statistics.median(times), peak], device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -95,11 +88,6 @@ def measure(
         "ms": worst[0].item(),
         "peak_gib": worst[1].item(),
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
