@@ -245,6 +245,7 @@ def store_half(out, row, col, c_ptr, c_desc, c_bufs, bias_ptr, sum_ptr, rows, co
 @gluon.jit
 def load_scales(scale_ptr, start, size, LENGTH: gl.constexpr):
     """``LENGTH`` scales from ``start`` on, in few registers until they are used; ones if there are none."""
+    # Not `None`, which functions of Triton 3.6 cannot return; `scaled` leaves the ones alone.
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     if scale_ptr is None:
         return gl.full((LENGTH,), 1.0, gl.float32, layout)
