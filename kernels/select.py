@@ -12,6 +12,8 @@ import triton.language as tl
 from lightning_int8.kernels.launch import CachedLaunch
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+# At least the threads of any launch of these kernels.
+_THREADS = tl.constexpr(1024)
 # Blocks numbered at a time: most rows of blocks in one step.
 NUMBER_CHUNK = tl.constexpr(256)
 _MIN_SCALE_BITS = tl.constexpr(0x0D800000)  # 2^-100, planes.MIN_SCALE
@@ -92,7 +94,10 @@ def _threshold(block_amax, total, before_end, state, seed_blocks, capacity, upda
     """
     threshold = tl.full([], float("nan"), tl.float32)
     if state is not None:
-        threshold = tl.load(state)
+        # A scalar is loaded by each warp for itself. Those of one program that load on either side of the seeding would
+        # take different branches below and meet in the wrong barriers; a maximum over all threads is the same in all.
+        bits = tl.load(state + tl.zeros([_THREADS], tl.int32)).to(tl.int32, bitcast=True)
+        threshold = tl.max(bits, 0).to(tl.float32, bitcast=True)
     unseeded = threshold != threshold
     if unseeded:
         threshold = _kth_largest(block_amax, total, seed_blocks, CHUNK)
