@@ -34,6 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lightning_int8.kernels import portable
 from lightning_int8.kernels.hopper_block import block_kernel
 from lightning_int8.kernels.hopper_row import row_kernel
+from lightning_int8.kernels.hopper_split import add_parts, choose_parts, empty_parts
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
 from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient, transposed_integers
 
@@ -71,11 +72,23 @@ def gemm_row(
     out = torch.empty(rows, cols, dtype=out_dtype, device=a.low.device)
     if out.numel() == 0:
         return out
-    row_kernel[_grid(out)](
-        *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth,
-        DEPTH=_lanes(depth), BLOCK=BLOCK, STAGES=STAGES, GROUP=_group(a, b), LAG=LAG if depth > LAG else 0,
-        REGISTERS=REGISTERS["row"], num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    tiles, processors = _tiles(out), _processors(out.device.index)
+    parts = choose_parts(rows, cols, depth, tiles, processors, LAG + 1)
+    constants = {
+        "DEPTH": _lanes(depth), "BLOCK": BLOCK, "STAGES": STAGES, "GROUP": _group(a, b),
+        "LAG": LAG if depth > LAG else 0, "REGISTERS": REGISTERS["row"], "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
+    if parts == 1:
+        row_kernel[_grid(out)](
+            *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth, None,
+            **constants,
+        )  # fmt: skip
+        return out
+    sums = empty_parts(parts, out)
+    row_kernel[min(tiles * parts, processors),](
+        *_operand(a)[:3], None, *_operand(b)[:3], None, None, None, sums, None, rows, cols, depth, parts, **constants
+    )
+    add_parts(sums, a.scale, b.scale, bias, accumulate, out)
     return out
 
 
@@ -142,9 +155,12 @@ def _layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK] if dtype == torch.int8 else [64, BLOCK // 2], kind)
 
 
+def _tiles(out: Tensor) -> int:
+    return triton.cdiv(out.shape[0], TILE_M) * triton.cdiv(out.shape[1], TILE_N)
+
+
 def _grid(out: Tensor) -> tuple[int]:
-    tiles = triton.cdiv(out.shape[0], TILE_M) * triton.cdiv(out.shape[1], TILE_N)
-    return (min(tiles, _processors(out.device.index)),)
+    return (min(_tiles(out), _processors(out.device.index)),)
 
 
 @functools.cache

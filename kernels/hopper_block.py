@@ -70,7 +70,7 @@ def _block_consumer(
         # Past the last column block any scale does: what it multiplies is not stored.
         right_scales = b_scale_ptr + min(2 * pn + 1, blocks_n - 1) * depth
         if a_slot_ptr is not None:
-            flags = slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH) >= 0
+            flags = slot_row(a_slot_ptr, pm, tiles_m, depth, 0, depth, DEPTH) >= 0
             k = next_listed(flags, -1, DEPTH)
             while k < DEPTH:
                 scale = gl.load(a_scales + k) * (1.0 / RESIDUAL_STEPS)
@@ -84,11 +84,11 @@ def _block_consumer(
                 mbarrier.arrive(empty.index(stage))
                 it += 1
         if b_slot_ptr is not None:
-            flags = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH) >= 0
+            flags = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, 0, depth, DEPTH) >= 0
             left, it = _add_extra(
                 left, flags, it, a_scales, left_scales, a_bufs, b_bufs, full, empty, RESIDUAL_STEPS, DEPTH, STAGES, WG
             )
-            flags = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH) >= 0
+            flags = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, 0, depth, DEPTH) >= 0
             right, it = _add_extra(
                 right, flags, it, a_scales, right_scales, a_bufs, b_bufs, full, empty, RESIDUAL_STEPS, DEPTH, STAGES, WG
             )
@@ -138,7 +138,7 @@ def block_kernel(
             )),
             (producer, (
                 a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m,
-                tiles_n, (cols + BLOCK - 1) // BLOCK, depth, False, DEPTH, BLOCK, STAGES, GROUP,
+                tiles_n, (cols + BLOCK - 1) // BLOCK, depth, None, False, DEPTH, BLOCK, STAGES, GROUP,
             )),
         ],
         [4, 1],

@@ -25,11 +25,28 @@ def tile_at(t, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def slot_row(slot_ptr, row, rows, depth, DEPTH: gl.constexpr):
-    """One row of ``slot`` (-1 past the last), the same in every warp: reducing it needs no shared memory."""
+def part_at(t, tiles, depth, parts):
+    """Tile and part number ``t``, and the part's blocks of the contraction: from one to before another.
+
+    ``parts``: in how many the contraction is split, or ``None``. All tiles of a part follow one another, so that CTAs
+    beside each other share operands in L2.
+    """
+    if parts is None:
+        return t, 0, 0, depth
+    else:
+        part = t // tiles
+        return t % tiles, part, part * depth // parts, (part + 1) * depth // parts
+
+
+@gluon.jit
+def slot_row(slot_ptr, row, rows, depth, begin, end, DEPTH: gl.constexpr):
+    """One row of ``slot`` from block ``begin`` to before ``end``, -1 elsewhere and past the last row.
+
+    The same in every warp: reducing it needs no shared memory.
+    """
     layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0]))
     k = gl.arange(0, DEPTH, layout)
-    return gl.load(slot_ptr + row * depth + k, mask=(k < depth) & (row < rows), other=-1)
+    return gl.load(slot_ptr + row * depth + k, mask=(k >= begin) & (k < end) & (row < rows), other=-1)
 
 
 @gluon.jit
@@ -95,18 +112,20 @@ def load_listed(
 @gluon.jit
 def producer(
     a_desc, a_high_desc, a_slot_ptr, b_desc, b_high_desc, b_slot_ptr, a_bufs, b_bufs, full, empty, tiles_m, tiles_n,
-    blocks_n, depth, HIGH_HIGH: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    blocks_n, depth, parts, HIGH_HIGH: gl.constexpr, DEPTH: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """For each tile ``high·high`` side by side, ``high·low``, ``low·high`` side by side, ``low·low``."""
     it = 0
-    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        pm, pn = tile_at(t, tiles_m, tiles_n, GROUP)
+    tiles = tiles_m * tiles_n
+    for t in range(gl.program_id(0), tiles if parts is None else tiles * parts, gl.num_programs(0)):
+        tile, _, begin, end = part_at(t, tiles, depth, parts)
+        pm, pn = tile_at(tile, tiles_m, tiles_n, GROUP)
         if a_slot_ptr is not None:
-            a_slots = slot_row(a_slot_ptr, pm, tiles_m, depth, DEPTH)
+            a_slots = slot_row(a_slot_ptr, pm, tiles_m, depth, begin, end, DEPTH)
         if b_slot_ptr is not None:
-            left_slots = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, DEPTH)
-            right_slots = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, DEPTH)
+            left_slots = slot_row(b_slot_ptr, 2 * pn, blocks_n, depth, begin, end, DEPTH)
+            right_slots = slot_row(b_slot_ptr, 2 * pn + 1, blocks_n, depth, begin, end, DEPTH)
         if HIGH_HIGH:
             for side in gl.static_range(2):
                 b_slots = right_slots if side else left_slots
@@ -126,7 +145,7 @@ def producer(
                     b_slots >= 0, it, a_desc, None, pm, b_high_desc, b_slots, 2 * pn + side, a_bufs, b_bufs, full,
                     empty, 1, DEPTH, BLOCK, STAGES,
                 )  # fmt: skip
-        for k in range(depth):
+        for k in range(begin, end):
             stage = acquire(it, full, empty, 3 * BLOCK * BLOCK, STAGES)
             bar = full.index(stage)
             tma.async_copy_global_to_shared(a_desc, [pm * BLOCK, k * BLOCK], bar, a_bufs.index(stage))

@@ -101,6 +101,65 @@ def test_block(hopper, size, rates):
     assert (out - expected).norm() <= 1e-6 * expected.norm()
 
 
+# Rows, columns, contraction and in how many parts it is cut: one part a CTA; ragged, with parts of unequal length;
+# several for each CTA.
+SPLITS = [
+    (512, 2048, 4096, 8),
+    (300, 397, 4200, 2),
+    (300, 397, 4200, 4),
+    (1, 8, 4100, 8),
+    (2100, 4096, 1700, 3),
+]
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("rates", [(None, None), (0.2, None), (None, 0.3), (0.3, 0.3), (1.0, 1.0), (0.0, 0.5)], ids=str)
+def test_a_split_contraction_is_bit_exact(hopper, monkeypatch, split, rates):
+    rows, cols, depth, parts = split
+    monkeypatch.setattr(hopper, "choose_parts", lambda *_: parts)
+    a, b = operand(rows, depth, rates[0], "row", 1), operand(cols, depth, rates[1], "row", 2)
+    torch.testing.assert_close(
+        hopper.gemm_row(a, b, None, torch.float32), reference.gemm_row(a, b, None, torch.float32), rtol=0, atol=0
+    )
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize(
+    ("dtype", "bias", "accumulate", "scales"),
+    [
+        (torch.bfloat16, torch.bfloat16, None, ("row", "row")),
+        (torch.float16, torch.float32, None, ("row", None)),
+        (torch.bfloat16, None, torch.bfloat16, (None, "row")),
+        (torch.float32, None, torch.float32, ("row", None)),
+        (torch.float32, torch.bfloat16, torch.float32, (None, None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cols", [512, 397])
+def test_epilogues_of_a_split_contraction(hopper, monkeypatch, dtype, bias, accumulate, scales, cols):
+    monkeypatch.setattr(hopper, "choose_parts", lambda *_: 4)
+    a, b = operand(390, 2100, 0.2, scales[0], 1), operand(cols, 2100, 0.2, scales[1], 2)
+    for scale in (a.scale, b.scale):
+        if scale is not None:
+            scale *= 1e-5
+    bias = None if bias is None else torch.randn(cols, device="cuda").to(bias)
+    accumulate = None if accumulate is None else torch.randn(390, cols, device="cuda").to(accumulate)
+    out = hopper.gemm_row(a, b, bias, dtype, accumulate)
+    torch.testing.assert_close(out, reference.gemm_row(a, b, bias, dtype, accumulate), rtol=0, atol=0)
+
+
+def test_a_narrow_wgrad_is_split_and_repeatable(hopper, monkeypatch):
+    chosen = []
+    choose = hopper.choose_parts
+    monkeypatch.setattr(hopper, "choose_parts", lambda *shape: chosen.append(choose(*shape)) or chosen[-1])
+    a, b = operand(512, 16384, 0.25, "row", 1), operand(2048, 16384, 0.25, None, 2)
+    expected = reference.gemm_row(a, b, None, torch.bfloat16)
+    for _ in range(10):
+        assert torch.equal(hopper.gemm_row(a, b, None, torch.bfloat16), expected)
+    assert min(chosen) > 1
+
+
 def test_more_tiles_than_processors_and_repeatable(hopper):
     a, b = operand(5000, 1024, 0.25, "row", 1), operand(6000, 1024, 0.25, "row", 2)
     expected = reference.gemm_row(a, b, None, torch.bfloat16)

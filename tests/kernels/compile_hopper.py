@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lightning_int8.kernels import hopper
 from lightning_int8.kernels.planes import QuantizedMatrix
-from tests.kernels.compiling import SHARED_MEMORY, Recorder, resources, source
+from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources, source
 
 # a and b with fallback blocks, b scaled (`row`), output, bias and accumulation.
 CASES = [
@@ -71,14 +71,15 @@ def main() -> int:
     wrong = 0
     hopper._processors = lambda index: 132
     with tempfile.TemporaryDirectory() as folder:
-        for scaling in ("row", "block"):
+        for scaling, parts in (("row", 1), ("row", 4), ("block", 1)):
+            hopper.choose_parts = lambda *_, parts=parts: parts
             for a_high, b_high, b_scaled, dtype, full in CASES:
-                a = operand(scaling, 512, 1024, a_high, True)
-                b = operand(scaling, 1024, 1024, b_high, scaling == "block" or b_scaled)
+                a = operand(scaling, 512, 2048, a_high, True)
+                b = operand(scaling, 1024, 2048, b_high, scaling == "block" or b_scaled)
                 extras = (torch.empty(1024), torch.empty(512, 1024)) if full else (None, None)
                 with Recorder() as recorder:
                     getattr(hopper, f"gemm_{scaling}")(a, b, extras[0], dtype, extras[1])
-                ((kernel, arguments, options),) = recorder.launches
+                (kernel, arguments, options), *sums = recorder.launches
                 compiled = triton.compile(
                     gluon_source(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options
                 )
@@ -86,9 +87,13 @@ def main() -> int:
                 fits = used["SHARED"] < SHARED_MEMORY[90]
                 # An accumulator touched in flight makes the assembler wait after every instruction.
                 serialized = code.count("WARPGROUP.DEPBAR") > code.count("IGMMA") // 2
-                fine = fits and used["STACK"] == 0 and used["LOCAL"] == 0 and "IGMMA" in code and not serialized
+                spilled = used["STACK"] + used["LOCAL"]
+                for launch in sums:
+                    more = resources(compile_for(*launch, 90), Path(folder))
+                    spilled += more["STACK"] + more["LOCAL"]
+                fine = fits and not spilled and "IGMMA" in code and not serialized and len(sums) == (parts > 1)
                 wrong += not fine
-                what = f"{scaling:5} high {a_high:d}{b_high:d} {dtype!s:14} bias+sum {full:d}"
+                what = f"{scaling:5} parts {parts} high {a_high:d}{b_high:d} {dtype!s:14} bias+sum {full:d}"
                 print("ok  " if fine else "FAIL", what, used, "IGMMA", code.count("IGMMA"), "serialized" * serialized)
     return wrong
 
