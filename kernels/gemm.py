@@ -152,7 +152,7 @@ def _finish(value, bias, accumulate, out, pm, pn, rows, columns, BM: tl.constexp
 @triton.jit
 def _gemm_row_kernel(
     a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, accumulate, out, counts, items,
-    rows, columns, depth, a_tiles, b_tiles, a_stride_r, a_stride_k, b_stride_r, b_stride_k,
+    rows, columns, depth, a_ld, b_ld, a_tiles, b_tiles, a_stride_r, a_stride_k, b_stride_r, b_stride_k,
     A_HIGH: tl.constexpr, B_HIGH: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,6 @@ def _gemm_row_kernel(
     # Rows past the edge read the last row again; only their stores are masked.
     m = tl.minimum(pm * BM + tl.arange(0, BM), rows - 1).to(tl.int64)
     n = tl.minimum(pn * BN + tl.arange(0, BN), columns - 1).to(tl.int64)
-    ld = depth * B
     a_lists = tl.cdiv(rows, A_SUB * B)
     b_lists = tl.cdiv(columns, B_SUB * B)
     a_list = (pm * BM) // (A_SUB * B)
@@ -173,8 +172,8 @@ def _gemm_row_kernel(
         listed = items + pair.to(tl.int64) * (3 * depth)
         for i in tl.range(0, tl.load(counts + pair), num_stages=STAGES + 1):
             k, a_at, b_at = _read(listed + i, depth)
-            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, 1)
-            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, 1)
+            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, a_ld, k, a_at, B, A_SUB, 1)
+            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, b_ld, k, b_at, B, B_SUB, 1)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         acc = acc << 8
     if A_HIGH or B_HIGH:
@@ -193,12 +192,12 @@ def _gemm_row_kernel(
         )
         for i in tl.range(0, a_count + b_count, num_stages=STAGES + 1):
             k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
-            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
-            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, B_KIND)
+            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, a_ld, k, a_at, B, A_SUB, A_KIND)
+            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, b_ld, k, b_at, B, B_SUB, B_KIND)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         acc = acc << 8
-    a_ptrs = a_low + m[:, None] * ld + tl.arange(0, B)[None, :]
-    b_ptrs = b_low + n[:, None] * ld + tl.arange(0, B)[None, :]
+    a_ptrs = a_low + m[:, None] * a_ld + tl.arange(0, B)[None, :]
+    b_ptrs = b_low + n[:, None] * b_ld + tl.arange(0, B)[None, :]
     for _ in tl.range(0, depth, num_stages=STAGES):
         acc = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs).T, acc, out_dtype=tl.int32)
         a_ptrs += B
@@ -232,7 +231,7 @@ def _promote(acc, product, a_scale, b_scale, step, A_SUB: tl.constexpr, B_SUB: t
 @triton.jit
 def _gemm_block_kernel(
     a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, accumulate, out, counts, items,
-    rows, columns, depth, a_tiles, b_tiles, a_stride_r, a_stride_k, b_stride_r, b_stride_k,
+    rows, columns, depth, a_ld, b_ld, a_tiles, b_tiles, a_stride_r, a_stride_k, b_stride_r, b_stride_k,
     a_scale_r, a_scale_k, b_scale_r, b_scale_k, step,
     A_HIGH: tl.constexpr, B_HIGH: tl.constexpr, B: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     GROUP: tl.constexpr, STAGES: tl.constexpr,
@@ -242,7 +241,6 @@ def _gemm_block_kernel(
     pm, pn = _tile_of(tl.program_id(0), a_tiles, b_tiles, GROUP)
     m = tl.minimum(pm * BM + tl.arange(0, BM), rows - 1).to(tl.int64)
     n = tl.minimum(pn * BN + tl.arange(0, BN), columns - 1).to(tl.int64)
-    ld = depth * B
     # One scale a tile, or one a row.
     if A_SUB == 1:
         a_scales = a_scale + (pm * BM // B) * a_scale_r
@@ -253,8 +251,8 @@ def _gemm_block_kernel(
     else:
         b_scales = b_scale + (n // B) * b_scale_r
     acc = tl.zeros((BM, BN), tl.float32)
-    a_ptrs = a_low + m[:, None] * ld + tl.arange(0, B)[None, :]
-    b_ptrs = b_low + n[:, None] * ld + tl.arange(0, B)[None, :]
+    a_ptrs = a_low + m[:, None] * a_ld + tl.arange(0, B)[None, :]
+    b_ptrs = b_low + n[:, None] * b_ld + tl.arange(0, B)[None, :]
     for i in tl.range(0, depth, num_stages=STAGES):
         product = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs).T, out_dtype=tl.int32)
         acc = _promote(acc, product, a_scales + i * a_scale_k, b_scales + i * b_scale_k, 1.0, A_SUB, B_SUB)
@@ -276,8 +274,8 @@ def _gemm_block_kernel(
         b_first = items + (b_list if B_HIGH else a_list).to(tl.int64) * (3 * depth) - (a_count if B_HIGH else 0)
         for i in tl.range(0, a_count + b_count, num_stages=STAGES + 1):
             k, a_at, b_at = _read(tl.where(i < a_count, a_first, b_first) + i, depth)
-            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, ld, k, a_at, B, A_SUB, A_KIND)
-            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, ld, k, b_at, B, B_SUB, B_KIND)
+            a = _item(a_low, a_high, a_slot, a_stride_r, a_stride_k, m, a_ld, k, a_at, B, A_SUB, A_KIND)
+            b = _item(b_low, b_high, b_slot, b_stride_r, b_stride_k, n, b_ld, k, b_at, B, B_SUB, B_KIND)
             product = tl.dot(a, b.T, out_dtype=tl.int32)
             acc = _promote(acc, product, a_scales + k * a_scale_k, b_scales + k * b_scale_k, step, A_SUB, B_SUB)
     _finish(acc, bias, accumulate, out, pm, pn, rows, columns, BM, BN)
@@ -296,8 +294,9 @@ def gemm_row(
     """``a @ bᵀ`` for ``row`` scaling: bit for bit what :func:`lightning_int8.kernels.reference.gemm_row` computes.
 
     Args:
-        a: ``[R, Q]`` with ``low`` int8 ``[R, QB·B]`` contiguous, ``high`` int8 ``[C, B, B]`` contiguous or ``None``,
-            ``slot`` int32 ``[RB, QB]`` of any strides, ``scale`` float32 ``[R]`` or ``None``; ``B`` is 32, 64 or 128.
+        a: ``[R, Q]`` with ``low`` int8 ``[R, QB·B]``, each row contiguous, ``high`` int8 ``[C, B, B]`` contiguous or
+            ``None``, ``slot`` int32 ``[RB, QB]`` of any strides, ``scale`` float32 ``[R]`` or ``None``; ``B`` is 32, 64
+            or 128.
         b: ``[N, Q]``, likewise, with the same ``B``.
         bias: float ``[N]``.
         out_dtype: float32, bfloat16 or float16.
@@ -388,7 +387,8 @@ def _arguments(
         a.low, a.high if a_high else a.low, a.slot if a_high else counts, a.scale,
         b.low, b.high if b_high else b.low, b.slot if b_high else counts, b.scale,
         None if bias is None else bias.contiguous(), None if accumulate is None else accumulate.contiguous(), out,
-        counts, items, *out.shape, depth, a_tiles, b_tiles, *_strides(a), *_strides(b),
+        counts, items, *out.shape, depth, a.low.stride(0), b.low.stride(0), a_tiles, b_tiles, *_strides(a),
+        *_strides(b),
     )  # fmt: skip
     constants = {
         "A_HIGH": a_high, "B_HIGH": b_high, "B": a.block, "BM": tile.rows, "BN": tile.columns, "GROUP": tile.group,

@@ -179,7 +179,7 @@ def row_planes(
 
 
 @CachedLaunch
-@triton.jit
+@triton.jit(do_not_specialize=["group_blocks"])
 def gradient_planes(
     dy,
     column_fold,  # t, float32 [N], or None: no A
@@ -189,7 +189,8 @@ def gradient_planes(
     a_low,  # int8 [M, NB·B]
     a_high,  # None: no fallback
     row_fold,  # s, float32 [M], or None: no G
-    g_inverse,  # float32 [N]
+    group_blocks,  # so many blocks of a row of G share a scale
+    g_inverse,  # float32 [groups, N]
     g_slot,  # int32 [NB, MB]
     g_seed,
     g_low,  # int8 [N, MB·B]
@@ -235,7 +236,7 @@ def gradient_planes(
         noise = None
         if g_seed is not None:
             noise = uniform(column, row, j[None, :], i[:, None], rows, tl.load(g_seed))
-        factor = tl.load(g_inverse + c, mask=c < columns, other=1.0)
+        factor = tl.load(g_inverse + row_block // group_blocks * columns + c, mask=c < columns, other=1.0)
         v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
         _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)

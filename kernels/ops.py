@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
+from lightning_int8.kernels.groups import gemm_row_groups as _add_up_groups
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
 
 _library = torch.library.Library("lightning_int8", "DEF")
@@ -94,18 +95,19 @@ def quantize_row_gradient(
     bias: bool,
     backend: str,
     statistics: Sequence[Tensor],
+    group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`; ``statistics`` may be empty."""
     return backends.load(backend).quantize_row_gradient(
         dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias,
-        statistics,
+        statistics, group_blocks,
     )  # fmt: skip
 
 
 @_fake("quantize_row_gradient")
 def _(
     dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias, backend,
-    statistics,
+    statistics, group_blocks=0,
 ):  # fmt: skip
     tokens, features = dy.shape
     out = []
@@ -119,6 +121,9 @@ def _(
             dy.new_empty(blocks_along(rows, block), blocks_along(columns, block), dtype=torch.int32),
             dy.new_empty(rows, dtype=torch.float32),
         ]
+    if group_blocks and input_scale is not None:
+        groups = max(1, blocks_along(blocks_along(tokens, block), group_blocks))
+        out[-1] = dy.new_empty(groups, features, dtype=torch.float32)
     return (*out, dy.new_empty(features if bias else 0, dtype=torch.float32))
 
 
@@ -209,9 +214,36 @@ _gemm_row, _gemm_block = _gemm_op("gemm_row", "gemm_row"), _gemm_op("gemm_block"
 _gemm_row_again = _gemm_op("gemm_row_again", "gemm_row")
 
 
+@_define("gemm_row_groups")
+def _gemm_row_groups(
+    a_low: Tensor,
+    a_high: Tensor | None,
+    a_slot: Tensor | None,
+    a_scale: Tensor | None,
+    b_low: Tensor,
+    b_high: Tensor | None,
+    b_slot: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    depth: int,
+    block: int,
+    out_dtype: torch.dtype,
+    backend: str,
+    group_blocks: int,
+) -> Tensor:
+    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
+    return _add_up_groups(backends.load(backend).gemm_row, a, b, out_dtype, group_blocks)
+
+
+@_fake("gemm_row_groups")
+def _(*args):
+    return _gemm_fake(*args[:-1])
+
+
 @register_flop_formula(
     [
         torch.ops.lightning_int8.gemm_row,
+        torch.ops.lightning_int8.gemm_row_groups,
         torch.ops.lightning_int8.gemm_row_again,
         torch.ops.lightning_int8.gemm_block,
     ]
@@ -243,6 +275,13 @@ def gemm_row(
     """
     op = _gemm_row_again if again else _gemm_row
     return op(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
+
+
+def gemm_row_groups(
+    a: QuantizedMatrix, b: QuantizedMatrix, out_dtype: torch.dtype, backend: str, group_blocks: int
+) -> Tensor:
+    """See :func:`lightning_int8.kernels.groups.gemm_row_groups`."""
+    return _gemm_row_groups(*_flat(a), *_flat(b), None, a.size[1], a.block, out_dtype, backend, group_blocks)
 
 
 def gemm_block(

@@ -73,6 +73,7 @@ def quantize_row_gradient(
     stochastic: bool,
     bias: bool,
     statistics: Sequence[Tensor] = (),
+    group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes dY ``[M, N]`` as ``A = dY·diag(t)`` and ``G = (dY·diag(s))ᵀ``, with the bias gradient, in two reads.
 
@@ -93,16 +94,18 @@ def quantize_row_gradient(
         bias: Whether to write ``dbias``.
         statistics: What the first read would find, if something else has found it already: the fields of
             `GradientStatistics`, empty tensors where ``None``.
+        group_blocks: See `reference.quantize_row_gradient`.
 
     Returns:
         A's ``low [M, NB·B]``, ``high [C, B, B]`` int8, ``slot [MB, NB]`` int32, ``scale [M]`` float32; G's
-        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]``; ``dbias`` float32 ``[N]``. What is not
-        wanted comes back empty.
+        ``low [N, MB·B]``, ``high [C, B, B]``, ``slot [NB, MB]``, ``scale [N]`` or ``[groups, N]``; ``dbias`` float32
+        ``[N]``. What is not wanted comes back empty.
     """
     dy, rows, columns, row_blocks, column_blocks = check(dy, block)
     has_a, has_g = weight_scale is not None, input_scale is not None
     new = Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
+    groups = max(1, blocks_along(row_blocks, group_blocks)) if group_blocks else 1
 
     def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not wanted:
@@ -112,6 +115,8 @@ def quantize_row_gradient(
 
     a_low, a_high, a_slot, a_scale = results(has_a, rows, columns)
     g_low, g_high, g_slot, g_scale = results(has_g, columns, rows)
+    if group_blocks and has_g:
+        g_scale = new.float32(groups, columns)
     dbias = new.float32(columns if bias else 0)
     out = a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias
     if dy.numel() == 0:
@@ -131,23 +136,23 @@ def quantize_row_gradient(
                 dy, input_scale, input_int_max, weight_scale, *found, rows, columns, *dy.stride(),
                 B=block, **row_options("gradient_statistics", block, dy),
             )  # fmt: skip
-    a_inverse, g_inverse = new.float32(rows), new.float32(columns)
+    a_inverse, g_inverse = new.float32(rows), new.float32(groups, columns)
     a_seed = new.int32(1) if has_a and stochastic else None
     g_seed = new.int32(1) if has_g and stochastic else None
     with on(dy):
         gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
             found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), a_slot,
             a_scale, a_inverse, a_seed, found.g_block_amax, operand_state(state, 2), found.g_amax, found.g_weight,
-            found.int_sums, _INT32_LIMIT * 2.0**-31, g_slot, g_scale, g_inverse, g_seed, found.column_sums, dbias,
-            seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
+            found.int_sums, _INT32_LIMIT * 2.0**-31, g_slot, group_blocks or row_blocks, g_scale, g_inverse, g_seed,
+            found.column_sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
             FALLBACK=fallback,
             **select_sizes(block, blocks, max(row_blocks, column_blocks)),
         )  # fmt: skip
         if has_a or has_g:
             gradient_planes[parts("gradient_planes", blocks, block)](
                 dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
-                input_scale, g_inverse, g_slot, g_seed, g_low, g_high if fallback else None,
-                rows, columns, *dy.stride(),
+                input_scale, group_blocks or row_blocks, g_inverse, g_slot, g_seed, g_low,
+                g_high if fallback else None, rows, columns, *dy.stride(),
                 B=block, **options("gradient_planes", block),
             )  # fmt: skip
     return out

@@ -213,10 +213,27 @@ def split_bytes(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_planes(
-    x: Tensor, mask: Tensor, capacity: int, block: int, other_max: Tensor | None, noise: Tensor | None, folded: bool
+    x: Tensor,
+    mask: Tensor,
+    capacity: int,
+    block: int,
+    other_max: Tensor | None,
+    noise: Tensor | None,
+    folded: bool,
+    group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scale = row_scale(x, mask, block, other_max, folded)
-    q = row_integers(x, scale, mask, block, noise)
+    """``scale`` is ``[R]``, or ``[groups, R]`` where each ``group_blocks`` blocks of a row have their own."""
+    width = group_blocks * block if group_blocks else max(1, x.shape[1])
+    scales, integers = [], []
+    for start in range(0, max(1, x.shape[1]), width):
+        columns = slice(start, start + width)
+        part, part_mask = x[:, columns], mask[:, start // block : blocks_along(start + width, block)]
+        part_max = None if other_max is None else other_max[columns]
+        scales.append(row_scale(part, part_mask, block, part_max, folded))
+        part_noise = None if noise is None else noise[:, columns]
+        integers.append(row_integers(part, scales[-1], part_mask, block, part_noise))
+    q = torch.cat(integers, 1)
+    scale = torch.stack(scales) if group_blocks else scales[0]
     int_max = q.abs().amax(1).float()
     slot = slots(mask)
     if bool(mask.any()):
@@ -273,6 +290,7 @@ def quantize_row_gradient(
     stochastic: bool,
     bias: bool,
     statistics: Sequence[Tensor] = (),
+    group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes dY ``[M, N]`` twice: ``A = dY·diag(t)`` for the dgrad and ``G = (dY·diag(s))ᵀ`` for the wgrad.
 
@@ -292,11 +310,13 @@ def quantize_row_gradient(
         stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
         bias: Whether the bias gradient is wanted.
         statistics: What a kernel has found of ``dy`` before; not needed here.
+        group_blocks: So many blocks along the tokens share G's scales, one a row for each of ``ceil(MB /
+            group_blocks)`` groups; 0: all do.
 
     Returns:
         A's ``low [M, NB·B]``, ``high [C, B, B]``, ``slot [MB, NB]``, ``scale [M]``; G's ``low [N, MB·B]``,
-        ``high [C, B, B]``, ``slot [NB, MB]`` (numbered in the row-major block order of G itself), ``scale [N]``;
-        ``dbias`` float32 ``[N]``. What is not wanted comes back empty.
+        ``high [C, B, B]``, ``slot [NB, MB]`` (numbered in the row-major block order of G itself), ``scale [N]``, or
+        ``[groups, N]`` with ``group_blocks``; ``dbias`` float32 ``[N]``. What is not wanted comes back empty.
     """
     dy = dy.float()
     out: list[Tensor] = []
@@ -309,7 +329,8 @@ def quantize_row_gradient(
         mask = fallback_mask(amax, state, operand, seed_rate, capacity, update)
         noise = uniform(*value.shape, data_seed(amax), value.device) if stochastic else None
         other_max = None if operand == 1 else input_int_max
-        low, high, slot, scale, _ = _row_planes(value, mask, capacity, block, other_max, noise, folded=False)
+        groups = 0 if operand == 1 else group_blocks
+        low, high, slot, scale, _ = _row_planes(value, mask, capacity, block, other_max, noise, False, groups)
         out += [_pad_columns(low, block), high, slot, scale]
     a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale = out
     dbias = dy.sum(0) if bias else dy.new_empty(0)

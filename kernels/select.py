@@ -171,6 +171,8 @@ def _row_scales(
     part,
     rows,
     column_blocks,
+    begin,
+    end,
     block_amax,  # int32 [RB, QB]
     threshold,
     amax,  # int32 [QB, R]
@@ -185,15 +187,18 @@ def _row_scales(
     PART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Scales, and largest integers unless ``None``, of ``PART`` rows of a row of blocks: see `reference.row_scale`."""
+    """Scales, and largest integers unless ``None``, of ``PART`` rows of a row of blocks: see `reference.row_scale`.
+
+    Of the blocks from ``begin`` to ``end`` of each row.
+    """
     r = row_block * B + part * PART + tl.arange(0, PART)
     plain = tl.zeros([PART], tl.int32)
     largest = tl.zeros([PART], tl.int32)
     least = tl.full([PART], 0x7FFFFFFF, tl.int32)
     weighted = tl.zeros([PART], tl.float32)
-    for start in range(0, column_blocks, CHUNK):
+    for start in range(begin, end, CHUNK):
         q = start + tl.arange(0, CHUNK)
-        inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
+        inside = (q < end)[:, None] & (r < rows)[None, :]
         at = q.to(tl.int64)[:, None] * rows + r[None, :]
         bits = tl.load(amax + at, mask=inside, other=0)
         over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
@@ -218,9 +223,9 @@ def _row_scales(
         tl.store(inverse + r, factor, mask=r < rows)
     if int_max is not None:
         result = tl.zeros([PART], tl.float32)
-        for start in range(0, column_blocks, CHUNK):
+        for start in range(begin, end, CHUNK):
             q = start + tl.arange(0, CHUNK)
-            inside = (q < column_blocks)[:, None] & (r < rows)[None, :]
+            inside = (q < end)[:, None] & (r < rows)[None, :]
             bits = tl.load(amax + q.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0)
             over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
             # Rounding is monotonic, so a block's largest magnitude has its largest integer.
@@ -276,13 +281,13 @@ def matrix_select(
         )
     if block_scale is None:
         _row_scales(
-            row_block, part, rows, column_blocks, block_amax, threshold, amax, weight, limit, scale, None,
-            int_max, FALLBACK, True, B, PART, COLUMN_CHUNK,
+            row_block, part, rows, column_blocks, 0, column_blocks, block_amax, threshold, amax, weight, limit, scale,
+            None, int_max, FALLBACK, True, B, PART, COLUMN_CHUNK,
         )  # fmt: skip
 
 
 @CachedLaunch
-@triton.jit(do_not_specialize=["seed_blocks", "capacity", "update"])
+@triton.jit(do_not_specialize=["seed_blocks", "capacity", "update", "group_blocks"])
 def gradient_select(
     a_block_amax,  # int32 [MB, NB], or None: no A
     a_state,  # float32 [4], or None
@@ -300,8 +305,9 @@ def gradient_select(
     int_sums,  # float32 [MB]
     int32_limit,  # 0.98, in units of 2^31
     g_slot,  # int32 [NB, MB]
-    g_scale,  # float32 [N]
-    g_inverse,  # float32 [N]
+    group_blocks,  # so many blocks of a row of G share a scale
+    g_scale,  # float32 [groups, N]
+    g_inverse,  # float32 [groups, N]
     g_seed,
     column_sums,  # float32 [MB, N], or None: no bias gradient
     dbias,  # float32 [N]
@@ -338,17 +344,21 @@ def gradient_select(
                 )  # fmt: skip
             if g_seed is not None:
                 _store_data_seed(g_block_amax, total, g_seed, (pid == 0) & (part == 0), CHUNK)
-            int_sum = tl.full([], 0.0, tl.float32)
-            for start in range(0, row_blocks, COLUMN_CHUNK):
-                m = start + tl.arange(0, COLUMN_CHUNK)
-                int_sum += tl.sum(tl.load(int_sums + m, mask=m < row_blocks, other=0.0), 0)
-            limit = int32_limit - int_sum * 4.656612873077393e-10
             if part == 0:
                 _number_blocks(pid, row_blocks, g_block_amax, g_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK)
-            _row_scales(
-                pid, part, columns, row_blocks, g_block_amax, threshold, g_amax, g_weight, limit,
-                g_scale, g_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
-            )  # fmt: skip
+            for group in range(tl.cdiv(row_blocks, group_blocks)):
+                begin = group * group_blocks
+                end = tl.minimum(begin + group_blocks, row_blocks)
+                int_sum = tl.full([], 0.0, tl.float32)
+                for start in range(begin, end, COLUMN_CHUNK):
+                    m = start + tl.arange(0, COLUMN_CHUNK)
+                    int_sum += tl.sum(tl.load(int_sums + m, mask=m < end, other=0.0), 0)
+                limit = int32_limit - int_sum * 4.656612873077393e-10
+                _row_scales(
+                    pid, part, columns, row_blocks, begin, end, g_block_amax, threshold, g_amax, g_weight, limit,
+                    g_scale + group * columns, g_inverse + group * columns, None, FALLBACK, False, B, PART,
+                    COLUMN_CHUNK,
+                )  # fmt: skip
     else:
         if a_block_amax is not None:
             row_block = pid - column_blocks
@@ -364,8 +374,8 @@ def gradient_select(
                     row_block, column_blocks, a_block_amax, a_slot, threshold, before, None, FALLBACK, NUMBER_CHUNK
                 )
             _row_scales(
-                row_block, part, rows, column_blocks, a_block_amax, threshold, a_amax, a_weight, a_limit,
-                a_scale, a_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
+                row_block, part, rows, column_blocks, 0, column_blocks, a_block_amax, threshold, a_amax, a_weight,
+                a_limit, a_scale, a_inverse, None, FALLBACK, False, B, PART, COLUMN_CHUNK,
             )  # fmt: skip
 
 

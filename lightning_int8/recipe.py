@@ -64,6 +64,9 @@ class Int8Recipe:
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
+        wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
+            as 4096. Fewer make dW more accurate and its GEMM slower, which runs once a group and adds up in float32.
+            ``None``: all tokens share them. Only with ``scaling="row"`` and without ``budget``.
         fuse_swiglu: Compute SwiGLU layers (``down(silu(gate(x)) * up(x))``) together with the quantization of what they
             produce, as :mod:`lightning_int8.fusion` says; the results stay the same. Only with ``scaling="row"`` and
             all three GEMMs in INT8; otherwise layers run one by one.
@@ -92,6 +95,7 @@ class Int8Recipe:
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
+    wgrad_group_tokens: int | None = None
     fuse_swiglu: bool = True
     recompute_swiglu: RecomputeSwiGLU = "nothing"
     outlier_threshold: float | None = None
@@ -114,6 +118,7 @@ class Int8Recipe:
         for name in ("activation_band", "gradient_band"):
             object.__setattr__(self, name, _checked_band(name, getattr(self, name)))
         self._check_budget()
+        self._check_wgrad_groups()
         _check_number("threshold_factor", self.threshold_factor)
         if not 1.0 < self.threshold_factor <= 16.0:
             raise ValueError(
@@ -156,6 +161,28 @@ class Int8Recipe:
                 f"Int8Recipe.budget={self.budget} with activation_band={self.activation_band} and gradient_band="
                 f"{self.gradient_band}: under a budget the bands limit each operand's rate. They must start at 0 and "
                 "leave room above the budget, such as (0, 0.4) for a budget of 0.1."
+            )
+
+    def _check_wgrad_groups(self) -> None:
+        tokens = self.wgrad_group_tokens
+        if tokens is None:
+            return
+        if isinstance(tokens, bool) or not isinstance(tokens, int):
+            raise TypeError(f"Int8Recipe.wgrad_group_tokens={tokens!r} must be an integer or None.")
+        if tokens < 1 or tokens % self.block_size:
+            raise ValueError(
+                f"Int8Recipe.wgrad_group_tokens={tokens} must be a positive multiple of block_size={self.block_size}, "
+                f"such as {4096 // self.block_size * self.block_size}."
+            )
+        if self.scaling != "row" or not self.wgrad:
+            raise ValueError(
+                f"Int8Recipe.wgrad_group_tokens={tokens} needs scaling='row' and wgrad=True, not {self.scaling!r} and "
+                f"{self.wgrad}; leave it at None."
+            )
+        if self.budget is not None:
+            raise ValueError(
+                f"Int8Recipe.wgrad_group_tokens={tokens} with budget={self.budget}: a budget weighs errors by the one "
+                "scale that all tokens share. Set one of them to None."
             )
 
     def describe(self) -> str:

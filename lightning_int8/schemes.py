@@ -87,6 +87,10 @@ class Scheme(Protocol):
         """``a @ bᵀ + bias``."""
         ...
 
+    def wgrad(self, g: QuantizedMatrix, x: QuantizedMatrix, out_dtype: torch.dtype, backend: str) -> Tensor:
+        """``g @ xᵀ`` of the operands that `quantize_gradient` made: dW ``[N, K]``."""
+        ...
+
 
 class _BlockFallback:
     """What `row` and `block` share: blocks, bands and capacities."""
@@ -191,6 +195,7 @@ class RowScheme(_BlockFallback):
             bias,
             backend,
             statistics,
+            self._group_blocks(),
         )
         dgrad = wgrad = input_transposed = None
         if weight is not None:
@@ -201,6 +206,14 @@ class RowScheme(_BlockFallback):
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
             input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
+
+    def _group_blocks(self) -> int:
+        return (self.recipe.wgrad_group_tokens or 0) // self.block
+
+    def wgrad(self, g: QuantizedMatrix, x: QuantizedMatrix, out_dtype: torch.dtype, backend: str) -> Tensor:
+        if self._group_blocks():
+            return ops.gemm_row_groups(g, x, out_dtype, backend, self._group_blocks())
+        return ops.gemm_row(g, x, None, out_dtype, backend)
 
     def swiglu_gradient(
         self,
@@ -297,6 +310,9 @@ class BlockScheme(_BlockFallback):
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_block(a, b, bias, out_dtype, backend)
 
+    def wgrad(self, g, x, out_dtype, backend):
+        return self.gemm(g, x, None, out_dtype, backend)
+
 
 class VectorScheme:
     """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
@@ -335,6 +351,9 @@ class VectorScheme:
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+    def wgrad(self, g, x, out_dtype, backend):
+        return self.gemm(g, x, None, out_dtype, backend)
 
 
 _SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": VectorScheme}

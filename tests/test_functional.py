@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_int8 import PRESETS, FallbackState, Int8Recipe, int8_linear, update_thresholds
+from lightning_int8 import PRESETS, FallbackState, Int8Recipe, int8_linear, resolve_recipe, update_thresholds
 from lightning_int8.kernels import backends
 from tests.assertions import assert_close, sqnr_db
 
@@ -88,6 +88,23 @@ def test_more_fallback_is_more_accurate(recipe):
         now = {name: sqnr_db(reference[name], value[name]) for name in reference}
         assert all(now[name] > last[name] for name in now), (rate, now, last)
         last = now
+
+
+def test_fewer_tokens_a_scale_make_dw_more_accurate():
+    x, weight, dy = heavy_tailed(tokens=1100)
+    # Some sequences have larger gradients, and their blocks do not fall back.
+    dy *= torch.exp(torch.arange(1100) // 128 * 0.5)[:, None]
+    no_fallback = {"gradient_band": (0, 0)}
+    reference, last = exact(x, weight, None, dy), -math.inf
+    results = []
+    for tokens in (None, 512, 128):
+        results.append(gradients(x, weight, None, dy, recipe={**no_fallback, "wgrad_group_tokens": tokens}))
+        now = sqnr_db(reference["dW"], results[-1]["dW"])
+        assert now > last + 0.5, (tokens, now, last)
+        last = now
+    assert all(torch.equal(results[0][name], result[name]) for result in results for name in ("Y", "dX"))
+    everything = gradients(x, weight, None, dy, recipe={**no_fallback, "wgrad_group_tokens": 2048})
+    assert torch.equal(everything["dW"], results[0]["dW"])
 
 
 @pytest.mark.parametrize("recipe", sorted(PRESETS))
@@ -348,12 +365,14 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * 2 * 64 * 32 * 16
 
 
-@pytest.mark.parametrize("recipe", ["row", "block", "rowwise"])
+@pytest.mark.parametrize("recipe", ["row", "block", "rowwise", {"wgrad_group_tokens": 128}])
 def test_compiled_without_graph_breaks_or_recompiles(recipe):
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    recipe = resolve_recipe(recipe)
+
     x, weight, dy = heavy_tailed(256, 128, 96)
-    eager_state, state = FallbackState(PRESETS[recipe]), FallbackState(PRESETS[recipe])
+    eager_state, state = FallbackState(recipe), FallbackState(recipe)
     if state.operands:
         state.on(x.device)  # as converting a layer does
     torch._dynamo.reset()

@@ -54,6 +54,23 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"threshold_factor": float("nan")}, ValueError, r"threshold_factor=nan"),
         ({"stochastic_rounding": 1}, TypeError, r"stochastic_rounding=1 must be true or false"),
         ({"forward": False, "dgrad": False, "wgrad": False}, ValueError, r"none of forward, dgrad and wgrad"),
+        ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
+        (
+            {"wgrad_group_tokens": 1000},
+            ValueError,
+            r"wgrad_group_tokens=1000 must be a positive multiple of block_size",
+        ),
+        ({"wgrad_group_tokens": 0}, ValueError, r"wgrad_group_tokens=0 .*such as 4096"),
+        (
+            {"preset": "block", "wgrad_group_tokens": 4096},
+            ValueError,
+            r"needs scaling='row' and wgrad=True, not 'block'",
+        ),
+        (
+            {"budget": 0.1, "activation_band": (0, 0.4), "gradient_band": (0, 0.4), "wgrad_group_tokens": 4096},
+            ValueError,
+            r"wgrad_group_tokens=4096 with budget=0.1",
+        ),
         ({"outlier_threshold": 6.0}, ValueError, r"needs scaling='vector'"),
         ({"scaling": "vector"}, ValueError, r"has no block fallback"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),

@@ -29,6 +29,7 @@ class SwiGLU(nn.Module):
 
 
 BUDGET = {"budget": 0.1, "activation_band": (0.0, 0.3), "gradient_band": (0.0, 0.3)}
+GROUPS = {"wgrad_group_tokens": 32}
 
 
 def converted(cls: type[nn.Module] = SwiGLU, fuse: bool = True, bias: bool = False, **recipe: Any) -> nn.Module:
@@ -65,7 +66,9 @@ def fused_calls(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize(("bias", "recipe"), [(False, {}), (True, {"stochastic_rounding": True}), (False, BUDGET)])
+@pytest.mark.parametrize(
+    ("bias", "recipe"), [(False, {}), (True, {"stochastic_rounding": True}), (False, BUDGET), (True, GROUPS)]
+)
 def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
     apart, fused = converted(fuse=False, bias=bias, **recipe), converted(bias=bias, **recipe)
     x = torch.randn(2, 20, 48)

@@ -5,6 +5,8 @@ They are collected by a process of its own: see `interpreter`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ else:
     from hypothesis import strategies as st
 
     from lightning_int8.kernels import gemm, portable, reference
+    from lightning_int8.kernels.groups import gemm_row_groups
     from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
     from lightning_int8.kernels.tiles import Tile
     from tests.assertions import EXACT, assert_close
@@ -88,6 +91,21 @@ else:
             sqnr = {torch.float32: 115.0, torch.float16: 66.0, torch.bfloat16: TRUNCATED}[out_dtype]
             assert_close("block", wanted, value, sqnr, check_dtype=True)
         return value
+
+    @pytest.mark.parametrize("group_blocks", [1, 2, 3])
+    def test_groups_are_added_up(group_blocks):
+        a, b = (operand("row", rows, 150, 32, 0.3, transposed=True, scaled=False) for rows in (70, 40))
+        groups = -(-5 // group_blocks)
+        a = replace(a, scale=torch.rand(groups, 70))
+        value = gemm_row_groups(gemm.gemm_row, a, b, torch.float32, group_blocks)
+        assert_close("groups", gemm_row_groups(reference.gemm_row, a, b, torch.float32, group_blocks), value, EXACT)
+        # By way of what the integers stand for.
+        width = group_blocks * 32
+        dense_a, dense_b = (x.low[:, :150].double() + 256 * reference._dense_high(x)[:, :150].double() for x in (a, b))
+        scale = a.scale.double().repeat_interleave(width, 0)[:150]
+        assert_close("dense", (dense_a * scale.t()) @ dense_b.t(), value, 120)
+        with pytest.raises(ValueError, match=rf"each of {groups} groups, not a scale of shape \[7, 70\]"):
+            gemm_row_groups(gemm.gemm_row, replace(a, scale=torch.rand(7, 70)), b, torch.float32, group_blocks)
 
     @EXAMPLES
     @given(

@@ -187,6 +187,24 @@ else:
         if state is not None:
             assert_close("state", state, device_state, EXACT)
 
+    @pytest.mark.parametrize(("rows", "group_blocks"), [(200, 1), (200, 2), (200, 3), (200, 9), (31, 1)])
+    def test_groups_of_blocks_have_scales_of_their_own(rows, group_blocks):
+        dy, device = tensor(rows, 70, torch.float32, "outliers", "contiguous")
+        t, s, m = torch.rand(70), torch.rand(rows), torch.full((rows,), 127.0)
+        rest = None, 0.2, 9, 32, False, False, True, (), group_blocks
+        wanted = reference.quantize_row_gradient(dy, t, s, m, *rest)
+        got = quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest)
+        assert wanted[7].shape == (-(-blocks_along(rows, 32) // group_blocks), 70)
+        for i, (a, b) in enumerate(zip(wanted[:8], got[:8], strict=True)):
+            slot = wanted[2 if i < 4 else 6]
+            a, b = (used(a, slot), used(b, slot)) if i in (1, 5) else (a, b.cpu())
+            assert_close(str(i), a, b, EXACT, check_dtype=True)
+        alone = reference.quantize_row_gradient(dy, t, s, m, *rest[:-1])
+        assert torch.equal(alone[0], wanted[0])
+        if len(wanted[7]) > 1:
+            assert (wanted[7] < alone[7]).any()
+        assert torch.equal(wanted[7].amax(0), alone[7])
+
     @EXAMPLES
     @given(cases, st.booleans(), st.booleans())
     def test_quantize_block(case, transpose, stochastic):

@@ -1,0 +1,48 @@
+"""The wgrad with scales by groups of tokens: one `row` product a group, added up in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
+
+
+def gemm_row_groups(
+    gemm_row: Callable[..., Tensor], a: QuantizedMatrix, b: QuantizedMatrix, out_dtype: torch.dtype, group_blocks: int
+) -> Tensor:
+    """``a @ bᵀ`` where each ``group_blocks`` blocks of a row of ``a`` have a scale of their own.
+
+    Args:
+        gemm_row: A backend's; see :func:`lightning_int8.kernels.reference.gemm_row`.
+        a: ``[R, Q]`` whose ``scale`` is float32 ``[groups, R]``, ``groups = ceil(QB / group_blocks)``.
+        b: ``[N, Q]`` without a scale.
+        out_dtype: Of the result.
+        group_blocks: Blocks of the contraction in a group, at least 1.
+
+    Returns:
+        ``[R, N]``; the groups' products are added one after the other, in float32.
+
+    Raises:
+        ValueError: ``a.scale`` has another number of groups.
+    """
+    starts = range(0, max(1, blocks_along(a.size[1], a.block)), group_blocks)
+    if a.scale is None or a.scale.shape[0] != len(starts):
+        found = "no scale" if a.scale is None else f"a scale of shape {list(a.scale.shape)}"
+        raise ValueError(f"gemm_row_groups needs one scale a row for each of {len(starts)} groups, not {found}.")
+    total = None
+    for group, start in enumerate(starts):
+        dtype = out_dtype if group == len(starts) - 1 else torch.float32
+        blocks = slice(start, start + group_blocks)
+        total = gemm_row(_columns(a, blocks, a.scale[group]), _columns(b, blocks, None), None, dtype, total)
+    return total  # type: ignore[return-value]
+
+
+def _columns(x: QuantizedMatrix, blocks: slice, scale: Tensor | None) -> QuantizedMatrix:
+    """Some blocks of each row of ``x``, as views."""
+    columns = slice(blocks.start * x.block, blocks.stop * x.block)
+    width = min(columns.stop, x.size[1]) - columns.start
+    slot = None if x.slot is None else x.slot[:, blocks]
+    return QuantizedMatrix(x.low[:, columns], x.high, slot, scale, (x.size[0], width), x.block)
