@@ -13,7 +13,9 @@ another in Horner form, so that one accumulator is enough: all ``high·high`` pa
 ``b``'s concern one of its two 128-column halves, and are multiplied for that half alone. Nobody prepares lists of these
 blocks: the producer searches the tile's rows of ``slot`` for the next fallback block while the ring is full, and the
 consumers only need to know how many stages each level has, which one masked sum says. At a tile's end the left half's
-products go first, so that the right half's run while it is scaled and stored.
+products go first, so that the right half's run while it is scaled and stored. Where an output has few tiles, its
+contraction is cut into parts and each CTA makes the sums of one tile and part, see
+:mod:`lightning_int8.kernels.hopper_split`.
 
 `block`. Sums are FP32, and each block's INT32 product is scaled into them. On Hopper that costs about as much as the
 product itself, so a consumer multiplies 64×128 at a time and scales it while the other consumer's product runs.
