@@ -36,7 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lightning_int8.kernels import portable
 from lightning_int8.kernels.hopper_block import block_kernel
 from lightning_int8.kernels.hopper_row import row_kernel
-from lightning_int8.kernels.hopper_split import add_parts, choose_parts, empty_parts
+from lightning_int8.kernels.hopper_split import add_parts, choose_parts
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
 from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient, transposed_integers
 
@@ -86,7 +86,7 @@ def gemm_row(
             **constants,
         )  # fmt: skip
         return out
-    sums = empty_parts(parts, out)
+    sums = torch.empty(parts, rows, cols, dtype=torch.int32, device=out.device)
     row_kernel[min(tiles * parts, processors),](
         *_operand(a)[:3], None, *_operand(b)[:3], None, None, None, sums, None, rows, cols, depth, parts, **constants
     )

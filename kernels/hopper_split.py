@@ -8,7 +8,6 @@ may even wrap, as the whole one fits (:func:`lightning_int8.kernels.reference.ro
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -100,8 +99,3 @@ def add_parts(
         sums, a_scale, b_scale, bias, accumulate, out, rows, cols, parts,
         MAX_PARTS=MAX_PARTS, BM=tile[0], BN=tile[1], num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def empty_parts(parts: int, out: Tensor) -> Tensor:
-    """Where the parts of ``out [R, N]`` write their sums: int32 ``[parts, R, N]``, undefined."""
-    return torch.empty(parts, *out.shape, dtype=torch.int32, device=out.device)

@@ -45,7 +45,7 @@ if not INTERPRETED:
 else:
     from lightning_int8.kernels import reference
     from lightning_int8.kernels.hopper_pipeline import part_at
-    from lightning_int8.kernels.hopper_split import add_parts, empty_parts
+    from lightning_int8.kernels.hopper_split import add_parts
     from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
     from tests.kernels.bounds import checked_accesses
 
@@ -83,7 +83,7 @@ else:
         depth = 19
         a, b = operand(rows, depth * BLOCK, a_scaled, 1), operand(cols, depth * BLOCK, b_scaled, 2)
         out = torch.full((rows, cols), float("nan"), dtype=dtype)
-        sums = empty_parts(parts, out)
+        sums = torch.empty(parts, rows, cols, dtype=torch.int32)
         for part in range(parts):
             # With 5 tiles, tile 3 of the part is the walk's number 5·part + 3.
             tile, which, begin, end = part_at.fn(5 * part + 3, 5, depth, parts)
