@@ -87,10 +87,12 @@ def gemm_row(
         )  # fmt: skip
         return out
     sums = torch.empty(parts, rows, cols, dtype=torch.int32, device=out.device)
+    *a_planes, a_scale = _operand(a)
+    *b_planes, b_scale = _operand(b)
     row_kernel[min(tiles * parts, processors),](
-        *_operand(a)[:3], None, *_operand(b)[:3], None, None, None, sums, None, rows, cols, depth, parts, **constants
+        *a_planes, None, *b_planes, None, None, None, sums, None, rows, cols, depth, parts, **constants
     )
-    add_parts(sums, a.scale, b.scale, bias, accumulate, out)
+    add_parts(sums, a_scale, b_scale, bias, accumulate, out)
     return out
 
 

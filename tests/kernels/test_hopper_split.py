@@ -1,5 +1,6 @@
-"""Splitting the contraction: how many parts, what each covers, and their sum, in Triton's interpreter and integer for
-integer. It is collected by a process of its own: see `interpreter`.
+"""Splitting the contraction: how many parts, what each covers, and their sum, bit for bit in Triton's interpreter.
+
+The interpreted tests are collected by a process of their own: see `interpreter`.
 """
 
 from __future__ import annotations
