@@ -30,9 +30,9 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "swiglu_statistics": dict(_ROWS_AT_A_TIME),
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }
-SELECT_WARPS = 4
-# Rows whose scales one select program makes.
-SELECT_ROWS = 32
+SELECT_WARPS = 8
+# Most rows whose scales one select program makes: all of a row of blocks, since each program counts over all blocks.
+SELECT_ROWS = 128
 
 
 class Allocator:
@@ -125,13 +125,17 @@ def parts(kernel: str, blocks: int, block: int) -> tuple[int]:
 
 def select_sizes(block: int, blocks: int, along: int) -> dict:
     """How many blocks a select program takes in one step: of all, and along its row of blocks."""
+    chunk = 512 if blocks <= 512 else 2048 if blocks <= 2048 else 8192
     return {
         "B": block,
-        "CHUNK": 512 if blocks <= 512 else 4096,
-        "COLUMN_CHUNK": 8 if along <= 8 else 32 if along <= 32 else 128,
+        "CHUNK": chunk,
+        "WHOLE": blocks <= chunk,
+        # What is known to divide the number of blocks: loads of four at a time.
+        "MULTIPLE": 4 if blocks % 4 == 0 else 1,
+        "COLUMN_CHUNK": 8 if along <= 8 else 32,
         "PART": min(SELECT_ROWS, block),
         "num_warps": SELECT_WARPS,
-        # Left to itself, ptxas spills a register to get more warps on a multiprocessor than are launched.
-        "maxnreg": 96,
+        # Two programs on a multiprocessor: the gradients' are more than there are multiprocessors.
+        "maxnreg": 128,
         "enable_fp_fusion": False,
     }

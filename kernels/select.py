@@ -20,50 +20,78 @@ _MIN_SCALE_BITS = tl.constexpr(0x0D800000)  # 2^-100, planes.MIN_SCALE
 
 
 @triton.jit
-def _load_bits(block_amax, index, total):
-    """AbsMax of blocks as bit patterns; 0 past the end and for blocks that hold NaN or an infinity."""
-    bits = tl.load(block_amax + index, mask=index < total, other=0)
-    return tl.where(bits < _INFINITY_BITS, bits, 0)
+def _load_blocks(block_amax, start, total, CHUNK: tl.constexpr):
+    """AbsMax of ``CHUNK`` blocks as bit patterns; -1 (a NaN) past the end and for blocks with NaN or an infinity."""
+    index = start + tl.arange(0, CHUNK)
+    bits = tl.load(block_amax + index, mask=index < total, other=-1)
+    return tl.where(bits < _INFINITY_BITS, bits, -1)
 
 
 @triton.jit
-def _kth_largest(block_amax, total, k, CHUNK: tl.constexpr):
-    """The ``k+1``-th largest AbsMax, or 0 when ``k`` covers all: radix selection, a byte of the pattern at a time."""
-    found = tl.full([], 0, tl.int32)
-    if k < total:
-        wanted = k + 1
-        for digit in range(4):
-            shift = 24 - 8 * digit
-            counts = tl.zeros([256], tl.int32)
-            for start in range(0, total, CHUNK):
-                index = start + tl.arange(0, CHUNK)
-                bits = _load_bits(block_amax, index, total)
-                # Those that agree with what is found of the pattern so far, which is nothing at first.
-                counted = (index < total) & (((bits >> shift) >> 8) == ((found >> shift) >> 8))
-                counts += tl.histogram((bits >> shift) & 255, 256, mask=counted)
-            below = tl.cumsum(counts, 0) - counts
-            at_least = tl.sum(counts, 0) - below
-            value = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-            wanted -= tl.sum(tl.where(tl.arange(0, 256) > value, counts, 0), 0)
-            found = found | (value << shift)
-    return found.to(tl.float32, bitcast=True)
+def _fold(counted):
+    """Counts of bools ``[CHUNK]``, added up within each thread: ``[_THREADS]``, or as many as there are."""
+    if counted.shape[0] <= _THREADS:
+        return counted.to(tl.int32)
+    else:
+        return tl.sum(tl.reshape(counted.to(tl.int32), [counted.shape[0] // _THREADS, _THREADS]), 0)
 
 
 @triton.jit
-def _count_above(block_amax, total, end, threshold, CHUNK: tl.constexpr):
-    """How many blocks before ``end`` exceed the threshold, how many of all do, and how many of all are finite."""
-    before = tl.full([], 0, tl.int32)
-    above = tl.full([], 0, tl.int32)
-    finite = tl.full([], 0, tl.int32)
-    for start in range(0, total, CHUNK):
-        index = start + tl.arange(0, CHUNK)
-        bits = tl.load(block_amax + index, mask=index < total, other=_INFINITY_BITS)
-        good = bits < _INFINITY_BITS
-        over = good & (bits.to(tl.float32, bitcast=True) > threshold)
-        before += tl.sum((over & (index < end)).to(tl.int32), 0)
-        above += tl.sum(over.to(tl.int32), 0)
-        finite += tl.sum(good.to(tl.int32), 0)
-    return before, above, finite
+def _count_above(blocks, block_amax, total, end, threshold, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """How many blocks before ``end`` exceed the threshold, and how many of all do."""
+    over = blocks.to(tl.float32, bitcast=True) > threshold
+    before = _fold(over & (tl.arange(0, CHUNK) < end))
+    above = _fold(over)
+    if not WHOLE:
+        for start in range(CHUNK, total, CHUNK):
+            over = _load_blocks(block_amax, start, total, CHUNK).to(tl.float32, bitcast=True) > threshold
+            before += _fold(over & (start + tl.arange(0, CHUNK) < end))
+            above += _fold(over)
+    # Both in one reduction, whose barriers are most of its time.
+    both = tl.sum((before.to(tl.int64) << 32) + above, 0)
+    return (both >> 32).to(tl.int32), both.to(tl.int32)
+
+
+@triton.jit
+def _count_reaching(blocks, block_amax, total, bound, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """How many bit patterns are ``bound`` or more."""
+    count = _fold(blocks >= bound)
+    if not WHOLE:
+        for start in range(CHUNK, total, CHUNK):
+            count += _fold(_load_blocks(block_amax, start, total, CHUNK) >= bound)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _kth_largest(blocks, block_amax, total, k, bound, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """The ``k+1``-th largest AbsMax, known to be at least ``bound``, or 0 when ``k`` covers all.
+
+    Bisection of bit patterns. Those of 16-bit elements differ in few bits, and of others few lie close to the one that
+    is looked for: 10 to 15 counts.
+    """
+    ones = tl.reduce_or(tl.maximum(blocks, 0), 0)
+    if not WHOLE:
+        for start in range(CHUNK, total, CHUNK):
+            ones |= tl.reduce_or(tl.maximum(_load_blocks(block_amax, start, total, CHUNK), 0), 0)
+    # All patterns are multiples of `step`; with one of 2^22 at most, nothing below overflows.
+    step = tl.minimum(ones & -ones, 1 << 22)
+    # More than `k` patterns reach `low`, unless it is 0, and no more than `k` reach `high`.
+    low = _bits(bound) & -step
+    high = (tl.minimum(ones, _INFINITY_BITS - 1) & -step) + step
+    reaching = tl.full([], 0, tl.int32)
+    while (high - low > step) & (reaching != k + 1):
+        middle = low + (((high - low) >> 1) & -step)
+        count = _count_reaching(blocks, block_amax, total, middle, CHUNK, WHOLE)
+        low = tl.where(count > k, middle, low)
+        high = tl.where(count > k, high, middle)
+        reaching = tl.where(count > k, count, reaching)
+    # The least of those that reach `low`.
+    found = tl.min(tl.where(blocks >= low, blocks, 0x7FFFFFFF), 0)
+    if not WHOLE:
+        for start in range(CHUNK, total, CHUNK):
+            more = _load_blocks(block_amax, start, total, CHUNK)
+            found = tl.minimum(found, tl.min(tl.where(more >= low, more, 0x7FFFFFFF), 0))
+    return tl.where(low > 0, found, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,26 +100,29 @@ def _store_data_seed(block_amax, total, seed, first, CHUNK: tl.constexpr):
     if first:
         result = tl.full([], 0, tl.int32)
         for start in range(0, total, CHUNK):
-            result = result ^ tl.xor_sum(_load_bits(block_amax, start + tl.arange(0, CHUNK), total), 0)
+            result = result ^ tl.xor_sum(tl.maximum(_load_blocks(block_amax, start, total, CHUNK), 0), 0)
         tl.store(seed, result)
 
 
 @triton.jit
-def _update_state(state, threshold, unseeded, above, finite, wanted):
-    if wanted:
-        # A tensor of zeros says nothing about later ones.
-        if unseeded & (threshold > 0.0):
-            tl.store(state, threshold)
-        tl.store(state + 1, tl.load(state + 1) + above.to(tl.float32))
-        tl.store(state + 2, tl.load(state + 2) + finite.to(tl.float32))
+def _threshold(
+    block_amax,
+    total,
+    before_end,
+    state,
+    seed_blocks,
+    capacity,
+    updates,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The AbsMax that fallback blocks exceed, and how many do among the first ``before_end``.
 
-
-@triton.jit
-def _threshold(block_amax, total, before_end, state, seed_blocks, capacity, update, first, CHUNK: tl.constexpr):
-    """The AbsMax that fallback blocks exceed, and how many do among the first ``before_end``; updates ``state``.
-
-    Programs may read ``state`` before or after the first one has seeded it: they find the same threshold either way.
+    The program that ``updates`` seeds ``state`` and adds to its counts. The others may read it before or after: they
+    find the same threshold either way.
     """
+    # The first blocks, which may be all (`WHOLE`), stay in registers; further ones are loaded again for each count.
+    blocks = _load_blocks(block_amax, 0, total, CHUNK)
     threshold = tl.full([], float("nan"), tl.float32)
     if state is not None:
         # A scalar is loaded by each warp for itself. Those of one program that load on either side of the seeding would
@@ -99,14 +130,28 @@ def _threshold(block_amax, total, before_end, state, seed_blocks, capacity, upda
         bits = tl.load(state + tl.zeros([_THREADS], tl.int32)).to(tl.int32, bitcast=True)
         threshold = tl.max(bits, 0).to(tl.float32, bitcast=True)
     unseeded = threshold != threshold
-    if unseeded:
-        threshold = _kth_largest(block_amax, total, seed_blocks, CHUNK)
-    before, above, finite = _count_above(block_amax, total, before_end, threshold, CHUNK)
-    if state is not None:
-        _update_state(state, threshold, unseeded, above, finite, first & (update != 0))
-    if above > capacity:
-        threshold = _kth_largest(block_amax, total, capacity, CHUNK)
-        before, above, finite = _count_above(block_amax, total, before_end, threshold, CHUNK)
+    # How many blocks shall exceed a threshold that is looked for, or -1: at first of an unseeded state, then for what
+    # has room.
+    wanted = tl.where(unseeded, seed_blocks, -1)
+    bound = tl.where(unseeded, 0.0, tl.maximum(threshold, 0.0))
+    before = tl.full([], 0, tl.int32)
+    counting = tl.full([], 1, tl.int32)
+    while counting != 0:
+        if wanted >= 0:
+            threshold = _kth_largest(blocks, block_amax, total, wanted, bound, CHUNK, WHOLE)
+        before, above = _count_above(blocks, block_amax, total, before_end, threshold, CHUNK, WHOLE)
+        if state is not None:
+            if updates:
+                # A tensor of zeros says nothing about later ones.
+                if unseeded & (threshold > 0.0):
+                    tl.store(state, threshold)
+                finite = _count_reaching(blocks, block_amax, total, 0, CHUNK, WHOLE)
+                tl.store(state + 1, tl.load(state + 1) + above.to(tl.float32))
+                tl.store(state + 2, tl.load(state + 2) + finite.to(tl.float32))
+        updates = updates & False
+        bound = tl.maximum(threshold, 0.0)
+        wanted = tl.where(above > capacity, capacity, -1)
+        counting = (above > capacity).to(tl.int32)
     return threshold, before
 
 
@@ -166,6 +211,16 @@ def _number_blocks(
 
 
 @triton.jit
+def _merge(plain, fallen, least, weighted, plain_2, fallen_2, least_2, weighted_2):
+    return (
+        tl.maximum(plain, plain_2),
+        tl.maximum(fallen, fallen_2),
+        tl.minimum(least, least_2),
+        weighted + weighted_2,
+    )
+
+
+@triton.jit
 def _row_scales(
     row_block,
     part,
@@ -191,27 +246,32 @@ def _row_scales(
 
     Of the blocks from ``begin`` to ``end`` of each row.
     """
+    # Each thread gathers what it has loaded itself, in as many places side by side; they meet once, at the end.
+    SIDE: tl.constexpr = min(CHUNK, _THREADS // PART)
     r = row_block * B + part * PART + tl.arange(0, PART)
-    plain = tl.zeros([PART], tl.int32)
-    largest = tl.zeros([PART], tl.int32)
-    least = tl.full([PART], 0x7FFFFFFF, tl.int32)
-    weighted = tl.zeros([PART], tl.float32)
+    plain = tl.zeros([SIDE, PART], tl.int32)
+    fallen = tl.zeros([SIDE, PART], tl.int32)
+    least = tl.full([SIDE, PART], 0x7FFFFFFF, tl.int32)
+    weighted = tl.zeros([SIDE, PART], tl.float32)
     for start in range(begin, end, CHUNK):
         q = start + tl.arange(0, CHUNK)
         inside = (q < end)[:, None] & (r < rows)[None, :]
         at = q.to(tl.int64)[:, None] * rows + r[None, :]
         bits = tl.load(amax + at, mask=inside, other=0)
-        over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
-        largest = tl.maximum(largest, tl.max(bits, 0))
-        plain = tl.maximum(plain, tl.max(tl.where(over[:, None], 0, bits), 0))
-        if FOLDED:
-            least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), 0))
         if weight is not None:
-            weighted += tl.sum(tl.load(weight + at, mask=inside, other=0.0), 0)
-    if FOLDED:
-        plain = tl.maximum(plain, least)
+            weighted += tl.sum(_side_by_side(tl.load(weight + at, mask=inside, other=0.0), SIDE), 0)
+        over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)[:, None]
+        plain = tl.maximum(plain, tl.max(_side_by_side(tl.where(over, 0, bits), SIDE), 0))
+        fallen = tl.maximum(fallen, tl.max(_side_by_side(tl.where(over, bits, 0), SIDE), 0))
+        if FOLDED:
+            least = tl.minimum(least, tl.min(_side_by_side(tl.where(inside, bits, 0x7FFFFFFF), SIDE), 0))
+    plain, fallen, least, weighted = tl.reduce((plain, fallen, least, weighted), 0, _merge)
     # Maxima of bit patterns, since those keep NaN.
-    s = tl.maximum(_over_constant(plain, 127.0), _over_constant(largest, 32512.0))
+    largest = tl.maximum(plain, fallen)
+    limiting = plain
+    if FOLDED:
+        limiting = tl.maximum(plain, least)
+    s = tl.maximum(_over_constant(limiting, 127.0), _over_constant(largest, 32512.0))
     s = tl.maximum(s, _MIN_SCALE_BITS)
     if weight is not None:
         bound = _bits(tl.div_rn(weighted, tl.zeros([PART], tl.float32) + limit))
@@ -222,18 +282,17 @@ def _row_scales(
     if inverse is not None:
         tl.store(inverse + r, factor, mask=r < rows)
     if int_max is not None:
-        result = tl.zeros([PART], tl.float32)
-        for start in range(begin, end, CHUNK):
-            q = start + tl.arange(0, CHUNK)
-            inside = (q < end)[:, None] & (r < rows)[None, :]
-            bits = tl.load(amax + q.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0)
-            over = _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK)
-            # Rounding is monotonic, so a block's largest magnitude has its largest integer.
-            value = round_half_even(bits.to(tl.float32, bitcast=True) * factor[None, :])
-            # A row with NaN or an infinity has integers 0.
-            value = tl.where((s < _INFINITY_BITS)[None, :], value, 0.0)
-            result = tl.maximum(result, tl.max(tl.minimum(value, tl.where(over, 32512.0, 127.0)[:, None]), 0))
-        tl.store(int_max + r, result, mask=r < rows)
+        # Rounding is monotonic, so a row's largest magnitude has its largest integer.
+        most = tl.minimum(round_half_even(plain.to(tl.float32, bitcast=True) * factor), 127.0)
+        most = tl.maximum(most, tl.minimum(round_half_even(fallen.to(tl.float32, bitcast=True) * factor), 32512.0))
+        # A row with NaN or an infinity has integers 0.
+        tl.store(int_max + r, tl.where(s < _INFINITY_BITS, most, 0.0), mask=r < rows)
+
+
+@triton.jit
+def _side_by_side(tile, SIDE: tl.constexpr):
+    """``[CHUNK, PART]`` as ``[CHUNK / SIDE, SIDE, PART]``."""
+    return tl.reshape(tile, [tile.shape[0] // SIDE, SIDE, tile.shape[1]])
 
 
 @CachedLaunch
@@ -257,6 +316,8 @@ def matrix_select(
     FALLBACK: tl.constexpr,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     COLUMN_CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -265,13 +326,13 @@ def matrix_select(
     part = tl.program_id(1)
     row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
-    total = row_blocks * column_blocks
+    total = tl.multiple_of(row_blocks * column_blocks, MULTIPLE)
     threshold = tl.full([], float("inf"), tl.float32)
     before = tl.full([], 0, tl.int32)
     if FALLBACK:
         threshold, before = _threshold(
-            block_amax, total, row_block * column_blocks, state, seed_blocks, capacity, update,
-            (row_block == 0) & (part == 0), CHUNK,
+            block_amax, total, row_block * column_blocks, state, seed_blocks, capacity,
+            (row_block == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
         )  # fmt: skip
     if seed is not None:
         _store_data_seed(block_amax, total, seed, (row_block == 0) & (part == 0), CHUNK)
@@ -319,6 +380,8 @@ def gradient_select(
     FALLBACK: tl.constexpr,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     COLUMN_CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -330,7 +393,7 @@ def gradient_select(
     part = tl.program_id(1)
     row_blocks = tl.cdiv(rows, B)
     column_blocks = tl.cdiv(columns, B)
-    total = row_blocks * column_blocks
+    total = tl.multiple_of(row_blocks * column_blocks, MULTIPLE)
     threshold = tl.full([], float("inf"), tl.float32)
     before = tl.full([], 0, tl.int32)
     if pid < column_blocks:
@@ -339,8 +402,8 @@ def gradient_select(
         if g_block_amax is not None:
             if FALLBACK:
                 threshold, before = _threshold(
-                    g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity, update,
-                    (pid == 0) & (part == 0), CHUNK,
+                    g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity,
+                    (pid == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
                 )  # fmt: skip
             if g_seed is not None:
                 _store_data_seed(g_block_amax, total, g_seed, (pid == 0) & (part == 0), CHUNK)
@@ -364,8 +427,8 @@ def gradient_select(
             row_block = pid - column_blocks
             if FALLBACK:
                 threshold, before = _threshold(
-                    a_block_amax, total, row_block * column_blocks, a_state, seed_blocks, capacity, update,
-                    (row_block == 0) & (part == 0), CHUNK,
+                    a_block_amax, total, row_block * column_blocks, a_state, seed_blocks, capacity,
+                    (row_block == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
                 )  # fmt: skip
             if a_seed is not None:
                 _store_data_seed(a_block_amax, total, a_seed, (row_block == 0) & (part == 0), CHUNK)
@@ -392,11 +455,12 @@ def _sum_columns(
     CHUNK: tl.constexpr,
 ):
     """Sums of ``PART`` columns."""
+    SIDE: tl.constexpr = min(CHUNK, _THREADS // PART)
     c = column_block * B + part * PART + tl.arange(0, PART)
-    total = tl.zeros([PART], tl.float32)
+    total = tl.zeros([SIDE, PART], tl.float32)
     for start in range(0, row_blocks, CHUNK):
         m = start + tl.arange(0, CHUNK)
         at = m.to(tl.int64)[:, None] * columns + c[None, :]
         inside = (m < row_blocks)[:, None] & (c < columns)[None, :]
-        total += tl.sum(tl.load(column_sums + at, mask=inside, other=0.0), 0)
-    tl.store(dbias + c, total, mask=c < columns)
+        total += tl.sum(_side_by_side(tl.load(column_sums + at, mask=inside, other=0.0), SIDE), 0)
+    tl.store(dbias + c, tl.sum(total, 0), mask=c < columns)

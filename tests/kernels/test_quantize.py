@@ -25,6 +25,7 @@ else:
     from lightning_int8.kernels.planes import MIN_SCALE, blocks_along
     from lightning_int8.kernels.quantize_gradient import quantize_row_gradient
     from lightning_int8.kernels.rounding import data_seed, uniform
+    from lightning_int8.kernels.select import matrix_select
     from tests.assertions import EXACT, assert_close
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -265,7 +266,9 @@ else:
     def test_ties_among_many_blocks(monkeypatch):
         # More blocks than the selection takes in one step, and more that exceed the threshold than have room.
         sizes = quantize.select_sizes
-        monkeypatch.setattr(quantize, "select_sizes", lambda *a: sizes(*a) | {"CHUNK": 64, "COLUMN_CHUNK": 8})
+        monkeypatch.setattr(
+            quantize, "select_sizes", lambda *a: sizes(*a) | {"CHUNK": 64, "WHOLE": False, "COLUMN_CHUNK": 8}
+        )
         x = torch.randint(1, 4, (32 * 11, 32 * 14)).float()
         x[::32, ::32] = torch.arange(154.0).view(11, 14).remainder(11)
         for capacity in (7, 70, 154):
@@ -273,6 +276,45 @@ else:
             got = quantize.quantize_row(x.to(DEVICE), None, 0, 0.5, capacity, 32, False, True)
             for i in (0, 1, 4, 5, 6):
                 assert_close(str(i), wanted[i], got[i], EXACT)
+
+    @pytest.mark.parametrize(("chunk", "whole"), [(2048, True), (128, False)])
+    @pytest.mark.parametrize("values", ["float32", "bfloat16", "ties", "zeros", "huge"])
+    def test_selection_among_many_blocks(values, chunk, whole):
+        """Threshold, capacity, slots and counts as the reference has them, in one step and in several."""
+        torch.manual_seed(0)
+        amax = torch.randn(3, 201).exp()
+        amax = {
+            "float32": amax,
+            "bfloat16": amax.bfloat16().float(),
+            "ties": amax.round(),
+            "zeros": torch.zeros_like(amax),
+            "huge": amax.clamp(max=3.0) * 1e38,
+        }[values]
+        amax[0, 3], amax[1, 7], amax[2, 200] = float("nan"), float("inf"), amax.nan_to_num(0.0).max() + 1.0
+        rows, columns = 96, 201 * 32
+        sizes = quantize.select_sizes(32, amax.numel(), 201) | {"CHUNK": chunk, "WHOLE": whole}
+        # Thresholds that are looked for, with room for what exceeds them and without; and given ones.
+        for threshold, seed_blocks, capacity in (
+            (None, 120, 150),
+            (float("nan"), 150, 120),
+            (float("nan"), 700, 602),
+            (0.01, 0, 1),
+            (1.5, 0, 120),
+            (0.0, 0, 602),
+            (float("inf"), 0, 1),
+        ):
+            state = None if threshold is None else torch.tensor([[threshold, 3.0, 9.0, 0.25]])
+            device_state = None if state is None else state[0].to(DEVICE)
+            slot = torch.zeros(3, 201, dtype=torch.int32, device=DEVICE)
+            scale = torch.zeros(3, 201, device=DEVICE)
+            matrix_select[(3, 1)](
+                amax.view(torch.int32).to(DEVICE), device_state, seed_blocks, capacity, 1, slot, None, scale, None,
+                None, 0.0, None, None, rows, columns, FALLBACK=True, **sizes,
+            )  # fmt: skip
+            mask = reference.fallback_mask(amax, state, 0, seed_blocks / 603, capacity, True)
+            assert_close("slot", reference.slots(mask), slot, EXACT)
+            if state is not None:
+                assert_close("state", state[0], device_state, EXACT)
 
     def test_results_repeat():
         _, device = tensor(70, 90, torch.float32, "outliers", "contiguous")
