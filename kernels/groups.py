@@ -1,4 +1,7 @@
-"""The wgrad with scales by groups of tokens: one `row` product a group, added up in float32."""
+"""The wgrad with scales by groups of tokens: one `row` product a group, added up in float32.
+
+The reference's and the portable backend's; :mod:`lightning_int8.kernels.hopper_groups` runs several groups at a time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def gemm_row_groups(
 
     Args:
         gemm_row: A backend's; see :func:`lightning_int8.kernels.reference.gemm_row`.
-        a: ``[R, Q]`` whose ``scale`` is float32 ``[groups, R]``, ``groups = ceil(QB / group_blocks)``.
+        a: ``[R, Q]`` whose ``scale`` is contiguous float32 ``[groups, R]``, ``groups = ceil(QB / group_blocks)``.
         b: ``[N, Q]`` without a scale.
         out_dtype: Of the result.
         group_blocks: Blocks of the contraction in a group, at least 1.
@@ -28,19 +31,25 @@ def gemm_row_groups(
     Raises:
         ValueError: ``a.scale`` has another number of groups.
     """
-    starts = range(0, max(1, blocks_along(a.size[1], a.block)), group_blocks)
-    if a.scale is None or a.scale.shape[0] != len(starts):
-        found = "no scale" if a.scale is None else f"a scale of shape {list(a.scale.shape)}"
-        raise ValueError(f"gemm_row_groups needs one scale a row for each of {len(starts)} groups, not {found}.")
+    scale = scales_of(a, group_blocks)
     total = None
-    for group, start in enumerate(starts):
-        dtype = out_dtype if group == len(starts) - 1 else torch.float32
-        blocks = slice(start, start + group_blocks)
-        total = gemm_row(_columns(a, blocks, a.scale[group]), _columns(b, blocks, None), None, dtype, total)
+    for group in range(len(scale)):
+        dtype = out_dtype if group == len(scale) - 1 else torch.float32
+        blocks = slice(group * group_blocks, (group + 1) * group_blocks)
+        total = gemm_row(columns_of(a, blocks, scale[group]), columns_of(b, blocks, None), None, dtype, total)
     return total  # type: ignore[return-value]
 
 
-def _columns(x: QuantizedMatrix, blocks: slice, scale: Tensor | None) -> QuantizedMatrix:
+def scales_of(a: QuantizedMatrix, group_blocks: int) -> Tensor:
+    """``a.scale``, float32 ``[groups, R]``; see :func:`gemm_row_groups` for the error."""
+    groups = max(1, blocks_along(blocks_along(a.size[1], a.block), group_blocks))
+    if a.scale is None or a.scale.shape != (groups, a.size[0]):
+        found = "no scale" if a.scale is None else f"a scale of shape {list(a.scale.shape)}"
+        raise ValueError(f"gemm_row_groups needs one scale a row for each of {groups} groups, not {found}.")
+    return a.scale
+
+
+def columns_of(x: QuantizedMatrix, blocks: slice, scale: Tensor | None) -> QuantizedMatrix:
     """Some blocks of each row of ``x``, as views."""
     columns = slice(blocks.start * x.block, blocks.stop * x.block)
     width = min(columns.stop, x.size[1]) - columns.start

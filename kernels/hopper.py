@@ -26,6 +26,7 @@ The quantize ops of this backend are the portable ones.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -33,14 +34,23 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lightning_int8.kernels import portable
+from lightning_int8.kernels import groups, portable
 from lightning_int8.kernels.hopper_block import block_kernel
+from lightning_int8.kernels.hopper_groups import groups_of_a_launch, scale_and_add
 from lightning_int8.kernels.hopper_row import row_kernel
 from lightning_int8.kernels.hopper_split import add_parts, choose_parts
 from lightning_int8.kernels.planes import RESIDUAL_STEPS, QuantizedMatrix, blocks_along
 from lightning_int8.kernels.portable import quantize_block, quantize_row, quantize_row_gradient, transposed_integers
 
-__all__ = ["gemm_block", "gemm_row", "quantize_block", "quantize_row", "quantize_row_gradient", "transposed_integers"]
+__all__ = [
+    "gemm_block",
+    "gemm_row",
+    "gemm_row_groups",
+    "quantize_block",
+    "quantize_row",
+    "quantize_row_gradient",
+    "transposed_integers",
+]
 
 # The edge of a fallback block; this backend has no other.
 BLOCK = 128
@@ -74,26 +84,57 @@ def gemm_row(
     out = torch.empty(rows, cols, dtype=out_dtype, device=a.low.device)
     if out.numel() == 0:
         return out
-    tiles, processors = _tiles(out), _processors(out.device.index)
-    parts = choose_parts(rows, cols, depth, tiles, processors, LAG + 1)
-    constants = {
-        "DEPTH": _lanes(depth), "BLOCK": BLOCK, "STAGES": STAGES, "GROUP": _group(a, b),
-        "LAG": LAG if depth > LAG else 0, "REGISTERS": REGISTERS["row"], "num_warps": 4, "enable_fp_fusion": False,
-    }  # fmt: skip
+    parts = choose_parts(rows, cols, depth, _tiles(out), _processors(out.device.index), LAG + 1)
     if parts == 1:
         row_kernel[_grid(out)](
             *_operand(a), *_operand(b), bias, accumulate, out, _output(out, accumulate), rows, cols, depth, None,
-            **constants,
+            **_row_constants(a, b, depth),
         )  # fmt: skip
         return out
-    sums = torch.empty(parts, rows, cols, dtype=torch.int32, device=out.device)
-    *a_planes, a_scale = _operand(a)
-    *b_planes, b_scale = _operand(b)
-    row_kernel[min(tiles * parts, processors),](
-        *a_planes, None, *b_planes, None, None, None, sums, None, rows, cols, depth, parts, **constants
-    )
-    add_parts(sums, a_scale, b_scale, bias, accumulate, out)
+    add_parts(_sums_of_parts(a, b, parts), _operand(a)[3], _operand(b)[3], bias, accumulate, out)
     return out
+
+
+def gemm_row_groups(a: QuantizedMatrix, b: QuantizedMatrix, out_dtype: torch.dtype, group_blocks: int) -> Tensor:
+    """See :func:`lightning_int8.kernels.groups.gemm_row_groups`, of which it is bit-exact."""
+    scale = groups.scales_of(a, group_blocks)
+    rows, cols, depth = a.size[0], b.size[0], blocks_along(a.size[1], BLOCK)
+    at_a_time = groups_of_a_launch(rows, cols, group_blocks, LAG + 1)
+    if a.block != BLOCK or at_a_time == 1 or rows * cols == 0:
+        return groups.gemm_row_groups(gemm_row, a, b, out_dtype, group_blocks)
+    whole, group, total = depth // group_blocks, 0, None
+    while group < len(scale):
+        # Parts are of one length, so a last group that is shorter runs alone.
+        count = max(1, min(at_a_time, whole - group))
+        blocks = slice(group * group_blocks, (group + count) * group_blocks)
+        dtype = out_dtype if group + count == len(scale) else torch.float32
+        part_b = groups.columns_of(b, blocks, None)
+        if count == 1:
+            total = gemm_row(groups.columns_of(a, blocks, scale[group]), part_b, None, dtype, total)
+        else:
+            before, total = total, torch.empty(rows, cols, dtype=dtype, device=a.low.device)
+            sums = _sums_of_parts(groups.columns_of(a, blocks, None), part_b, count)
+            scale_and_add(sums, scale[group : group + count], before, total)
+        group += count
+    return total  # type: ignore[return-value]
+
+
+def _sums_of_parts(a: QuantizedMatrix, b: QuantizedMatrix, parts: int) -> Tensor:
+    """The INT32 sums of each of ``parts`` parts of the contraction, ``[parts, R, N]``."""
+    rows, cols, depth = a.size[0], b.size[0], blocks_along(a.size[1], BLOCK)
+    sums = torch.empty(parts, rows, cols, dtype=torch.int32, device=a.low.device)
+    row_kernel[min(_tiles(sums[0]) * parts, _processors(sums.device.index)),](
+        *_operand(a)[:3], None, *_operand(b)[:3], None, None, None, sums, None, rows, cols, depth, parts,
+        **_row_constants(a, b, depth),
+    )  # fmt: skip
+    return sums
+
+
+def _row_constants(a: QuantizedMatrix, b: QuantizedMatrix, depth: int) -> dict[str, Any]:
+    return {
+        "DEPTH": _lanes(depth), "BLOCK": BLOCK, "STAGES": STAGES, "GROUP": _group(a, b),
+        "LAG": LAG if depth > LAG else 0, "REGISTERS": REGISTERS["row"], "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
 
 
 def gemm_block(

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
-from lightning_int8.kernels.groups import gemm_row_groups as _add_up_groups
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
 
 _library = torch.library.Library("lightning_int8", "DEF")
@@ -232,7 +231,7 @@ def _gemm_row_groups(
     group_blocks: int,
 ) -> Tensor:
     a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-    return _add_up_groups(backends.load(backend).gemm_row, a, b, out_dtype, group_blocks)
+    return backends.load(backend).gemm_row_groups(a, b, out_dtype, group_blocks)
 
 
 @_fake("gemm_row_groups")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_int8.kernels import groups
 from lightning_int8.kernels.planes import (
     INT8_MAX,
     INT16_MAX,
@@ -358,6 +359,9 @@ def gemm_row(
         if scale is not None:
             out *= scale.unsqueeze(dim)
     return _finish(out, bias, out_dtype, accumulate)
+
+
+gemm_row_groups = functools.partial(groups.gemm_row_groups, gemm_row)
 
 
 def integer_product(a: QuantizedMatrix, b: QuantizedMatrix) -> Tensor:

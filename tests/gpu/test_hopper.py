@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from lightning_int8.kernels import reference
+from lightning_int8.kernels import portable, reference
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
 
 pytestmark = [
@@ -158,6 +160,29 @@ def test_a_narrow_wgrad_is_split_and_repeatable(hopper, monkeypatch):
     for _ in range(10):
         assert torch.equal(hopper.gemm_row(a, b, None, torch.bfloat16), expected)
     assert min(chosen) > 1
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize("rates", [(None, None), (0.3, 0.3)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cols", "depth", "group_blocks"),
+    [
+        (768, 2304, 32768, 8),
+        (512, 2048, 16384, 32),
+        (300, 397, 5000, 4),
+        (300, 397, 5000, 7),
+        (130, 256, 900, 2),
+        (8, 8, 100, 8),
+    ],
+)
+def test_groups_with_scales_of_their_own_are_bit_exact(hopper, rates, rows, cols, depth, group_blocks):
+    a, b = operand(rows, depth, rates[0], None, 1), operand(cols, depth, rates[1], None, 2)
+    groups = -(-blocks_along(depth, 128) // group_blocks)
+    a = dataclasses.replace(a, scale=torch.rand(groups, rows, device="cuda") * 1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = reference.gemm_row_groups(a, b, dtype, group_blocks)
+        assert torch.equal(hopper.gemm_row_groups(a, b, dtype, group_blocks), wanted)
+        assert torch.equal(portable.gemm_row_groups(a, b, dtype, group_blocks), wanted)
 
 
 def test_more_tiles_than_processors_and_repeatable(hopper):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,15 @@ def main() -> int:
                 wrong += not fine
                 what = f"{scaling:5} parts {parts} high {a_high:d}{b_high:d} {dtype!s:14} bias+sum {full:d}"
                 print("ok  " if fine else "FAIL", what, used, "IGMMA", code.count("IGMMA"), "serialized" * serialized)
+        a, b = operand("row", 512, 8192, True, False), operand("row", 1024, 8192, True, False)
+        with Recorder() as recorder:
+            hopper.gemm_row_groups(dataclasses.replace(a, scale=torch.empty(16, 512)), b, torch.bfloat16, 4)
+        products, sums = recorder.launches[::2], recorder.launches[1::2]
+        for launch in sums:
+            used = resources(compile_for(*launch, 90), Path(folder))
+            fine = not (used["STACK"] + used["LOCAL"]) and len(products) == len(sums) == 2
+            wrong += not fine
+            print("ok  " if fine else "FAIL", "groups", used)
     return wrong
 
 

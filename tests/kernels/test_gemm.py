@@ -23,7 +23,7 @@ else:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    from lightning_int8.kernels import gemm, portable, reference
+    from lightning_int8.kernels import gemm, hopper_groups, portable, reference
     from lightning_int8.kernels.groups import gemm_row_groups
     from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
     from lightning_int8.kernels.tiles import Tile
@@ -106,6 +106,18 @@ else:
         assert_close("dense", (dense_a * scale.t()) @ dense_b.t(), value, 120)
         with pytest.raises(ValueError, match=rf"each of {groups} groups, not a scale of shape \[7, 70\]"):
             gemm_row_groups(gemm.gemm_row, replace(a, scale=torch.rand(7, 70)), b, torch.float32, group_blocks)
+
+    @pytest.mark.parametrize(("parts", "dtype"), [(1, torch.float32), (3, torch.float16), (8, torch.float32)])
+    def test_scaled_parts_are_added(parts, dtype):
+        sums = torch.randint(-(2**31), 2**31, (parts, 7, 300), dtype=torch.int64).int()
+        scale, before = torch.rand(parts, 7) * 1e-8, torch.randn(7, 300)
+        for start in (before, None):
+            wanted = torch.zeros(7, 300) if start is None else start.clone()
+            for part in range(parts):
+                wanted += sums[part].float() * scale[part][:, None]
+            out = torch.empty(7, 300, dtype=dtype)
+            hopper_groups.scale_and_add(sums, scale, start, out)
+            assert_close("sum", wanted.to(dtype), out, EXACT, check_dtype=True)
 
     @EXAMPLES
     @given(
