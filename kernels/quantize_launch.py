@@ -125,7 +125,8 @@ def parts(kernel: str, blocks: int, block: int) -> tuple[int]:
 
 def select_sizes(block: int, blocks: int, along: int) -> dict:
     """How many blocks a select program takes in one step: of all, and along its row of blocks."""
-    chunk = 512 if blocks <= 512 else 2048 if blocks <= 2048 else 8192
+    # As many as registers hold for all counts, or if there are more, as many as can be loaded in one go.
+    chunk = 512 if blocks <= 512 else 2048 if blocks <= 2048 else 8192 if blocks <= 8192 else 4096
     return {
         "B": block,
         "CHUNK": chunk,

@@ -397,8 +397,6 @@ def gradient_select(
     threshold = tl.full([], float("inf"), tl.float32)
     before = tl.full([], 0, tl.int32)
     if pid < column_blocks:
-        if column_sums is not None:
-            _sum_columns(pid, part, row_blocks, columns, column_sums, dbias, B, PART, COLUMN_CHUNK)
         if g_block_amax is not None:
             if FALLBACK:
                 threshold, before = _threshold(
@@ -422,6 +420,8 @@ def gradient_select(
                     g_scale + group * columns, g_inverse + group * columns, None, FALLBACK, False, B, PART,
                     COLUMN_CHUNK,
                 )  # fmt: skip
+        if column_sums is not None:
+            _sum_columns(pid, part, row_blocks, columns, column_sums, dbias, B, PART, COLUMN_CHUNK)
     else:
         if a_block_amax is not None:
             row_block = pid - column_blocks

@@ -36,6 +36,15 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
 
 
+def launch_many_blocks(block: int, rows: int, columns: int) -> None:
+    """The launchers that select, for a matrix of ``rows × columns`` blocks, of which nothing is touched."""
+    x = torch.empty(rows * block, columns * block, dtype=torch.bfloat16)
+    state, s, t = torch.zeros(3, 4), torch.empty(rows * block), torch.empty(columns * block)
+    quantize.quantize_row(x, state, 0, 0.2, 5, block, True, False)
+    quantize.quantize_block(x, state, 0, 0.2, 5, block, True, False, True)
+    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, 5, block, True, True, True)
+
+
 def main(capabilities: list[int]) -> int:
     """Compiles and prints; the number of kernels that spill or do not fit."""
     cases = [(capability, 128, torch.bfloat16, True, True, False, False) for capability in capabilities]
@@ -45,13 +54,22 @@ def main(capabilities: list[int]) -> int:
         cases += [(capability, 64, torch.float16, True, False, False, False)]
     if 80 in capabilities:
         cases += [(80, 128, torch.float64, True, True, False, True), (80, 128, torch.float32, True, False, True, True)]
+    # In registers, an odd number, and in several steps.
+    many = [(c, 128, 128, columns) for c in capabilities for columns in (64, 128)]
+    many += [(c, 128, 127, 63) for c in capabilities if c == 90]
     wrong = 0
     seen = set()
     with tempfile.TemporaryDirectory() as folder:
-        for capability, block, *rest in cases:
+        for capability, block, *rest in cases + many:
+            selecting = len(rest) == 2
             with Recorder() as recorder:
-                launch(block, *rest)
+                if selecting:
+                    launch_many_blocks(block, *rest)
+                else:
+                    launch(block, *rest)
             for kernel, arguments, options in recorder.launches:
+                if selecting and not kernel.__name__.endswith("_select"):
+                    continue
                 compiled = compile_for(kernel, arguments, options, capability)
                 if compiled.hash in seen:
                     continue
