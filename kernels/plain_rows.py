@@ -11,8 +11,9 @@ import triton.language as tl
 
 from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
-from lightning_int8.kernels.select import _INFINITY_BITS, _MIN_SCALE_BITS, _over_constant, round_half_even
+from lightning_int8.kernels.select import _MIN_SCALE_BITS, _over_constant, round_half_even
 from lightning_int8.kernels.statistics import magnitude_bits
+from lightning_int8.kernels.threshold_search import INFINITY_BITS
 
 # The longest row that one program's registers hold.
 MAX_COLUMNS = 16384
@@ -51,7 +52,7 @@ def plain_row_planes(
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), found)
     tl.store(scale + r, found, mask=r < rows)
     value = round_half_even(largest.to(tl.float32, bitcast=True) * factor)
-    tl.store(int_max + r, tl.where(s < _INFINITY_BITS, tl.minimum(value, 127.0), 0.0), mask=r < rows)
+    tl.store(int_max + r, tl.where(s < INFINITY_BITS, tl.minimum(value, 127.0), 0.0), mask=r < rows)
     column_blocks = tl.cdiv(columns, B)
     if row % B == 0:
         # As many blocks as columns at most.

@@ -1,7 +1,7 @@
 """Between the two reads: which blocks fall back, their slots, and the scales, without the host waiting for anything.
 
-Each program finds the threshold for itself from the AbsMax of all blocks, which lie in L2, then numbers the blocks of
-its own row of blocks and makes the scales of its own rows. That costs less than a launch that does it once.
+Each program finds the threshold for itself (`threshold_search`), then numbers the blocks of its own row of blocks and
+makes the scales of its own rows.
 """
 
 from __future__ import annotations
@@ -10,88 +10,11 @@ import triton
 import triton.language as tl
 
 from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.threshold_search import INFINITY_BITS, THREADS, find_threshold, load_blocks
 
-_INFINITY_BITS = tl.constexpr(0x7F800000)
-# At least the threads of any launch of these kernels.
-_THREADS = tl.constexpr(1024)
 # Blocks numbered at a time: most rows of blocks in one step.
 NUMBER_CHUNK = tl.constexpr(256)
 _MIN_SCALE_BITS = tl.constexpr(0x0D800000)  # 2^-100, planes.MIN_SCALE
-
-
-@triton.jit
-def _load_blocks(block_amax, start, total, CHUNK: tl.constexpr):
-    """AbsMax of ``CHUNK`` blocks as bit patterns; -1 (a NaN) past the end and for blocks with NaN or an infinity."""
-    index = start + tl.arange(0, CHUNK)
-    bits = tl.load(block_amax + index, mask=index < total, other=-1)
-    return tl.where(bits < _INFINITY_BITS, bits, -1)
-
-
-@triton.jit
-def _fold(counted):
-    """Counts of bools ``[CHUNK]``, added up within each thread: ``[_THREADS]``, or as many as there are."""
-    if counted.shape[0] <= _THREADS:
-        return counted.to(tl.int32)
-    else:
-        return tl.sum(tl.reshape(counted.to(tl.int32), [counted.shape[0] // _THREADS, _THREADS]), 0)
-
-
-@triton.jit
-def _count_above(blocks, block_amax, total, end, threshold, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
-    """How many blocks before ``end`` exceed the threshold, and how many of all do."""
-    over = blocks.to(tl.float32, bitcast=True) > threshold
-    before = _fold(over & (tl.arange(0, CHUNK) < end))
-    above = _fold(over)
-    if not WHOLE:
-        for start in range(CHUNK, total, CHUNK):
-            over = _load_blocks(block_amax, start, total, CHUNK).to(tl.float32, bitcast=True) > threshold
-            before += _fold(over & (start + tl.arange(0, CHUNK) < end))
-            above += _fold(over)
-    # Both in one reduction, whose barriers are most of its time.
-    both = tl.sum((before.to(tl.int64) << 32) + above, 0)
-    return (both >> 32).to(tl.int32), both.to(tl.int32)
-
-
-@triton.jit
-def _count_reaching(blocks, block_amax, total, bound, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
-    """How many bit patterns are ``bound`` or more."""
-    count = _fold(blocks >= bound)
-    if not WHOLE:
-        for start in range(CHUNK, total, CHUNK):
-            count += _fold(_load_blocks(block_amax, start, total, CHUNK) >= bound)
-    return tl.sum(count, 0)
-
-
-@triton.jit
-def _kth_largest(blocks, block_amax, total, k, bound, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
-    """The ``k+1``-th largest AbsMax, known to be at least ``bound``, or 0 when ``k`` covers all.
-
-    Bisection of bit patterns. Those of 16-bit elements differ in few bits, and of others few lie close to the one that
-    is looked for: 10 to 15 counts.
-    """
-    ones = tl.reduce_or(tl.maximum(blocks, 0), 0)
-    if not WHOLE:
-        for start in range(CHUNK, total, CHUNK):
-            ones |= tl.reduce_or(tl.maximum(_load_blocks(block_amax, start, total, CHUNK), 0), 0)
-    # All patterns are multiples of `step`; with one of 2^22 at most, nothing below overflows.
-    step = tl.minimum(ones & -ones, 1 << 22)
-    # More than `k` patterns reach `low`, unless it is 0, and no more than `k` reach `high`.
-    low = _bits(bound) & -step
-    high = (tl.minimum(ones, _INFINITY_BITS - 1) & -step) + step
-    reaching = tl.full([], 0, tl.int32)
-    while (high - low > step) & (reaching != k + 1):
-        middle = low + (((high - low) >> 1) & -step)
-        count = _count_reaching(blocks, block_amax, total, middle, CHUNK, WHOLE)
-        low = tl.where(count > k, middle, low)
-        high = tl.where(count > k, high, middle)
-        reaching = tl.where(count > k, count, reaching)
-    # The least of those that reach `low`.
-    found = tl.min(tl.where(blocks >= low, blocks, 0x7FFFFFFF), 0)
-    if not WHOLE:
-        for start in range(CHUNK, total, CHUNK):
-            more = _load_blocks(block_amax, start, total, CHUNK)
-            found = tl.minimum(found, tl.min(tl.where(more >= low, more, 0x7FFFFFFF), 0))
-    return tl.where(low > 0, found, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -100,59 +23,8 @@ def _store_data_seed(block_amax, total, seed, first, CHUNK: tl.constexpr):
     if first:
         result = tl.full([], 0, tl.int32)
         for start in range(0, total, CHUNK):
-            result = result ^ tl.xor_sum(tl.maximum(_load_blocks(block_amax, start, total, CHUNK), 0), 0)
+            result = result ^ tl.xor_sum(tl.maximum(load_blocks(block_amax, start, total, CHUNK), 0), 0)
         tl.store(seed, result)
-
-
-@triton.jit
-def _threshold(
-    block_amax,
-    total,
-    before_end,
-    state,
-    seed_blocks,
-    capacity,
-    updates,
-    CHUNK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """The AbsMax that fallback blocks exceed, and how many do among the first ``before_end``.
-
-    The program that ``updates`` seeds ``state`` and adds to its counts. The others may read it before or after: they
-    find the same threshold either way.
-    """
-    # The first blocks, which may be all (`WHOLE`), stay in registers; further ones are loaded again for each count.
-    blocks = _load_blocks(block_amax, 0, total, CHUNK)
-    threshold = tl.full([], float("nan"), tl.float32)
-    if state is not None:
-        # A scalar is loaded by each warp for itself. Those of one program that load on either side of the seeding would
-        # take different branches below and meet in the wrong barriers; a maximum over all threads is the same in all.
-        bits = tl.load(state + tl.zeros([_THREADS], tl.int32)).to(tl.int32, bitcast=True)
-        threshold = tl.max(bits, 0).to(tl.float32, bitcast=True)
-    unseeded = threshold != threshold
-    # How many blocks shall exceed a threshold that is looked for, or -1: at first of an unseeded state, then for what
-    # has room.
-    wanted = tl.where(unseeded, seed_blocks, -1)
-    bound = tl.where(unseeded, 0.0, tl.maximum(threshold, 0.0))
-    before = tl.full([], 0, tl.int32)
-    counting = tl.full([], 1, tl.int32)
-    while counting != 0:
-        if wanted >= 0:
-            threshold = _kth_largest(blocks, block_amax, total, wanted, bound, CHUNK, WHOLE)
-        before, above = _count_above(blocks, block_amax, total, before_end, threshold, CHUNK, WHOLE)
-        if state is not None:
-            if updates:
-                # A tensor of zeros says nothing about later ones.
-                if unseeded & (threshold > 0.0):
-                    tl.store(state, threshold)
-                finite = _count_reaching(blocks, block_amax, total, 0, CHUNK, WHOLE)
-                tl.store(state + 1, tl.load(state + 1) + above.to(tl.float32))
-                tl.store(state + 2, tl.load(state + 2) + finite.to(tl.float32))
-        updates = updates & False
-        bound = tl.maximum(threshold, 0.0)
-        wanted = tl.where(above > capacity, capacity, -1)
-        counting = (above > capacity).to(tl.int32)
-    return threshold, before
 
 
 @triton.jit
@@ -178,8 +50,8 @@ def _above(block_amax, row_block, q, column_blocks, threshold, FALLBACK: tl.cons
     inside = q < column_blocks
     if FALLBACK:
         at = row_block.to(tl.int64) * column_blocks + q
-        bits = tl.load(block_amax + at, mask=inside, other=_INFINITY_BITS)
-        return (bits < _INFINITY_BITS) & (bits.to(tl.float32, bitcast=True) > threshold)
+        bits = tl.load(block_amax + at, mask=inside, other=INFINITY_BITS)
+        return (bits < INFINITY_BITS) & (bits.to(tl.float32, bitcast=True) > threshold)
     else:
         return inside & (q < 0)
 
@@ -247,7 +119,7 @@ def _row_scales(
     Of the blocks from ``begin`` to ``end`` of each row.
     """
     # Each thread gathers what it has loaded itself, in as many places side by side; they meet once, at the end.
-    SIDE: tl.constexpr = min(CHUNK, _THREADS // PART)
+    SIDE: tl.constexpr = min(CHUNK, THREADS // PART)
     r = row_block * B + part * PART + tl.arange(0, PART)
     plain = tl.zeros([SIDE, PART], tl.int32)
     fallen = tl.zeros([SIDE, PART], tl.int32)
@@ -276,7 +148,7 @@ def _row_scales(
     if weight is not None:
         bound = _bits(tl.div_rn(weighted, tl.zeros([PART], tl.float32) + limit))
         # NaN may come of 0·inf, an infinity of rounding: AbsMax alone carries those.
-        s = tl.maximum(s, tl.where(bound <= _INFINITY_BITS, tl.minimum(bound, _INFINITY_BITS - 1), 0))
+        s = tl.maximum(s, tl.where(bound <= INFINITY_BITS, tl.minimum(bound, INFINITY_BITS - 1), 0))
     tl.store(scale + r, s.to(tl.float32, bitcast=True), mask=r < rows)
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), s.to(tl.float32, bitcast=True))
     if inverse is not None:
@@ -286,7 +158,7 @@ def _row_scales(
         most = tl.minimum(round_half_even(plain.to(tl.float32, bitcast=True) * factor), 127.0)
         most = tl.maximum(most, tl.minimum(round_half_even(fallen.to(tl.float32, bitcast=True) * factor), 32512.0))
         # A row with NaN or an infinity has integers 0.
-        tl.store(int_max + r, tl.where(s < _INFINITY_BITS, most, 0.0), mask=r < rows)
+        tl.store(int_max + r, tl.where(s < INFINITY_BITS, most, 0.0), mask=r < rows)
 
 
 @triton.jit
@@ -330,7 +202,7 @@ def matrix_select(
     threshold = tl.full([], float("inf"), tl.float32)
     before = tl.full([], 0, tl.int32)
     if FALLBACK:
-        threshold, before = _threshold(
+        threshold, before = find_threshold(
             block_amax, total, row_block * column_blocks, state, seed_blocks, capacity,
             (row_block == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
         )  # fmt: skip
@@ -399,7 +271,7 @@ def gradient_select(
     if pid < column_blocks:
         if g_block_amax is not None:
             if FALLBACK:
-                threshold, before = _threshold(
+                threshold, before = find_threshold(
                     g_block_amax, total, pid * row_blocks, g_state, seed_blocks, capacity,
                     (pid == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
                 )  # fmt: skip
@@ -426,7 +298,7 @@ def gradient_select(
         if a_block_amax is not None:
             row_block = pid - column_blocks
             if FALLBACK:
-                threshold, before = _threshold(
+                threshold, before = find_threshold(
                     a_block_amax, total, row_block * column_blocks, a_state, seed_blocks, capacity,
                     (row_block == 0) & (part == 0) & (update != 0), CHUNK, WHOLE,
                 )  # fmt: skip
@@ -455,7 +327,7 @@ def _sum_columns(
     CHUNK: tl.constexpr,
 ):
     """Sums of ``PART`` columns."""
-    SIDE: tl.constexpr = min(CHUNK, _THREADS // PART)
+    SIDE: tl.constexpr = min(CHUNK, THREADS // PART)
     c = column_block * B + part * PART + tl.arange(0, PART)
     total = tl.zeros([SIDE, PART], tl.float32)
     for start in range(0, row_blocks, CHUNK):
