@@ -136,6 +136,7 @@ def find_threshold(
                 finite = _count_reaching(blocks, block_amax, total, 0, CHUNK, WHOLE)
                 tl.store(state + 1, tl.load(state + 1) + above.to(tl.float32))
                 tl.store(state + 2, tl.load(state + 2) + finite.to(tl.float32))
+        # Only what exceeds the state's own threshold is counted into it.
         updates = updates & False
         bound = tl.maximum(threshold, 0.0)
         wanted = tl.where(above > capacity, capacity, -1)
