@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["tests.gpu_results"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
