@@ -15,7 +15,6 @@ from lightning_int8.kernels.integers import block_planes, row_planes
 from lightning_int8.kernels.plain_rows import MAX_COLUMNS, plain_row_planes
 from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, padded, seed_count
 from lightning_int8.kernels.quantize_launch import (
-    SELECT_ROWS,
     Allocator,
     check,
     empty_planes,
@@ -134,11 +133,12 @@ def row_from_statistics(
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
     fallback = capacity > 0
     blocks = row_blocks * column_blocks
+    sizes = select_sizes(block, blocks, column_blocks)
     with on(x):
-        matrix_select[(row_blocks, blocks_along(block, SELECT_ROWS))](
+        matrix_select[(row_blocks, blocks_along(block, sizes["PART"]))](
             statistics.block_amax, operand_state(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
             slot, None, None, statistics.amax, statistics.weight, int32_limit(columns), scale, int_max, rows, columns,
-            FALLBACK=fallback, **select_sizes(block, blocks, column_blocks),
+            FALLBACK=fallback, **sizes,
         )  # fmt: skip
         row_planes[parts("row_planes", blocks, block)](
             x, scale, slot if fallback else None, low, low_t if transpose else None, high,

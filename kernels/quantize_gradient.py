@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_int8.kernels.integers import gradient_planes
 from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, seed_count
 from lightning_int8.kernels.quantize_launch import (
-    SELECT_ROWS,
     Allocator,
     check,
     empty_planes,
@@ -139,14 +138,14 @@ def quantize_row_gradient(
     a_inverse, g_inverse = new.float32(rows), new.float32(groups, columns)
     a_seed = new.int32(1) if has_a and stochastic else None
     g_seed = new.int32(1) if has_g and stochastic else None
+    sizes = select_sizes(block, blocks, max(row_blocks, column_blocks))
     with on(dy):
-        gradient_select[(row_blocks + column_blocks, blocks_along(block, SELECT_ROWS))](
+        gradient_select[(row_blocks + column_blocks, blocks_along(block, sizes["PART"]))](
             found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), a_slot,
             a_scale, a_inverse, a_seed, found.g_block_amax, operand_state(state, 2), found.g_amax, found.g_weight,
             found.int_sums, _INT32_LIMIT * 2.0**-31, g_slot, group_blocks or row_blocks, g_scale, g_inverse, g_seed,
             found.column_sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
-            FALLBACK=fallback,
-            **select_sizes(block, blocks, max(row_blocks, column_blocks)),
+            FALLBACK=fallback, **sizes,
         )  # fmt: skip
         if has_a or has_g:
             gradient_planes[parts("gradient_planes", blocks, block)](

@@ -30,9 +30,6 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "swiglu_statistics": dict(_ROWS_AT_A_TIME),
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }
-SELECT_WARPS = 8
-# Most rows whose scales one select program makes: all of a row of blocks, since each program counts over all blocks.
-SELECT_ROWS = 128
 
 
 class Allocator:
@@ -124,9 +121,12 @@ def parts(kernel: str, blocks: int, block: int) -> tuple[int]:
 
 
 def select_sizes(block: int, blocks: int, along: int) -> dict:
-    """How many blocks a select program takes in one step: of all, and along its row of blocks."""
+    """How a select kernel is launched: blocks that a program takes in one step, of all and along its row; its rows."""
     # As many as registers hold for all counts, or if there are more, as many as can be loaded in one go.
     chunk = 512 if blocks <= 512 else 2048 if blocks <= 2048 else 8192 if blocks <= 8192 else 4096
+    # Each program counts over all blocks: of few, many small programs are faster; of many, a program takes a whole row
+    # of blocks, with as many warps as their registers ask for.
+    small = blocks <= 2048
     return {
         "B": block,
         "CHUNK": chunk,
@@ -134,8 +134,8 @@ def select_sizes(block: int, blocks: int, along: int) -> dict:
         # What is known to divide the number of blocks: loads of four at a time.
         "MULTIPLE": 4 if blocks % 4 == 0 else 1,
         "COLUMN_CHUNK": 8 if along <= 8 else 32,
-        "PART": min(SELECT_ROWS, block),
-        "num_warps": SELECT_WARPS,
+        "PART": min(32 if small else 128, block),
+        "num_warps": 4 if small else 8,
         # Two programs on a multiprocessor: the gradients' are more than there are multiprocessors.
         "maxnreg": 128,
         "enable_fp_fusion": False,
