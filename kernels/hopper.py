@@ -201,7 +201,7 @@ def _layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def _tiles(out: Tensor) -> int:
-    return triton.cdiv(out.shape[0], TILE_M) * triton.cdiv(out.shape[1], TILE_N)
+    return blocks_along(out.shape[0], TILE_M) * blocks_along(out.shape[1], TILE_N)
 
 
 def _grid(out: Tensor) -> tuple[int]:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.planes import blocks_along
 
 # Groups of a launch, and bytes of the INT32 sums that it may take.
 MAX_GROUPS = 8
@@ -49,7 +50,7 @@ def scale_and_add(sums: Tensor, scale: Tensor, before: Tensor | None, out: Tenso
     parts, rows, cols = sums.shape
     tile = 4, 256
     # Like the reference, which rounds after each multiplication and addition.
-    _scale_and_add_kernel[triton.cdiv(rows, tile[0]), triton.cdiv(cols, tile[1])](
+    _scale_and_add_kernel[blocks_along(rows, tile[0]), blocks_along(cols, tile[1])](
         sums, scale, before, out, rows, cols, parts,
         MAX_PARTS=MAX_GROUPS, BM=tile[0], BN=tile[1], num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

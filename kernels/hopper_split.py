@@ -8,11 +8,14 @@ may even wrap, as the whole one fits (:func:`lightning_int8.kernels.reference.ro
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.planes import blocks_along
 
 # Past these, parts are too short and their sums too many bytes to gain.
 MAX_PARTS = 8
@@ -21,6 +24,8 @@ MAX_PARTS = 8
 BLOCK_TIME, SUM_TIME, ELEMENT_TIME = 0.55, 8.0, 8 / 3e6
 
 
+# Asked in each launch, where what it takes is the host's time.
+@functools.lru_cache(maxsize=1024)
 def choose_parts(rows: int, cols: int, depth: int, tiles: int, processors: int, shortest: int) -> int:
     """In how many parts to cut the contraction so that the product and the sum of its parts take the least time.
 
@@ -41,7 +46,7 @@ def choose_parts(rows: int, cols: int, depth: int, tiles: int, processors: int, 
     most = max(1, min(MAX_PARTS, processors // tiles, depth // shortest))
 
     def microseconds(parts: int) -> float:
-        products = triton.cdiv(depth, parts) * BLOCK_TIME
+        products = blocks_along(depth, parts) * BLOCK_TIME
         return products if parts == 1 else products + SUM_TIME + parts * rows * cols * ELEMENT_TIME
 
     return min(range(1, most + 1), key=microseconds)
@@ -95,7 +100,7 @@ def add_parts(
     parts, rows, cols = sums.shape
     tile = 4, 256
     # Like the reference, which rounds after each multiplication and addition of the epilogue.
-    _sum_kernel[triton.cdiv(rows, tile[0]), triton.cdiv(cols, tile[1])](
+    _sum_kernel[blocks_along(rows, tile[0]), blocks_along(cols, tile[1])](
         sums, a_scale, b_scale, bias, accumulate, out, rows, cols, parts,
         MAX_PARTS=MAX_PARTS, BM=tile[0], BN=tile[1], num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
