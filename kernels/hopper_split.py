@@ -19,9 +19,9 @@ from lightning_int8.kernels.planes import blocks_along
 
 # Past these, parts are too short and their sums too many bytes to gain.
 MAX_PARTS = 8
-# Microseconds on an H100, for `choose_parts`: a tile's products with one block of the contraction (no fallback, so that
-# a split gains at every rate); one more kernel; an INT32 written and read again at DRAM's speed (L2's is higher).
-BLOCK_TIME, SUM_TIME, ELEMENT_TIME = 0.55, 8.0, 8 / 3e6
+# Microseconds, for `choose_parts`, fitted to products on an H200 at r = 0 (docs/log.md): a tile's products with one
+# block of the contraction; one more kernel; an INT32 written and read again.
+BLOCK_TIME, SUM_TIME, ELEMENT_TIME = 0.6, 3.0, 8 / 3e6
 
 
 # Asked in each launch, where what it takes is the host's time.
@@ -29,8 +29,8 @@ BLOCK_TIME, SUM_TIME, ELEMENT_TIME = 0.55, 8.0, 8 / 3e6
 def choose_parts(rows: int, cols: int, depth: int, tiles: int, processors: int, shortest: int) -> int:
     """In how many parts to cut the contraction so that the product and the sum of its parts take the least time.
 
-    All parts of all tiles run at a time, one on a multiprocessor: more of them than that would wait for a second round
-    of CTAs, which costs what shorter parts save. So where tiles occupy more than half of the GPU nothing is split.
+    Each CTA makes one part of one tile after another, so a round of them takes as long as a part's products. Outputs
+    that fill the GPU are not split.
 
     Args:
         rows: Of the output.
@@ -43,10 +43,10 @@ def choose_parts(rows: int, cols: int, depth: int, tiles: int, processors: int, 
     Returns:
         From 1 (not split) to ``MAX_PARTS``.
     """
-    most = max(1, min(MAX_PARTS, processors // tiles, depth // shortest))
+    most = max(1, min(MAX_PARTS, depth // shortest)) if tiles <= processors else 1
 
     def microseconds(parts: int) -> float:
-        products = blocks_along(depth, parts) * BLOCK_TIME
+        products = blocks_along(tiles * parts, processors) * blocks_along(depth, parts) * BLOCK_TIME
         return products if parts == 1 else products + SUM_TIME + parts * rows * cols * ELEMENT_TIME
 
     return min(range(1, most + 1), key=microseconds)

@@ -22,7 +22,9 @@ if not INTERPRETED:
         ("rows", "cols", "tokens", "parts"),
         [
             (512, 2048, 16384, 4),  # k and v of a 1B Llama
+            (512, 2048, 4096, 3),
             (512, 2048, 2048, 1),  # too short to gain
+            (1536, 1536, 16384, 3),  # two rounds of shorter parts
             (2048, 2048, 16384, 1),  # the GPU is full
             (1024, 4096, 16384, 1),
             (768, 768, 16384, 7),
@@ -34,11 +36,11 @@ if not INTERPRETED:
         tiles, depth = hopper._tiles(torch.empty(rows, cols, device="meta")), -(-tokens // 128)
         assert choose_parts(rows, cols, depth, tiles, 132, hopper.LAG + 1) == parts
 
-    def test_a_part_has_enough_blocks_and_a_processor_of_its_own():
+    def test_a_part_has_enough_blocks_and_a_full_gpu_is_not_split():
         for tiles in (1, 5, 30, 66, 67, 132, 500):
             for depth in range(1, 140):
                 parts = choose_parts(128 * tiles, 256, depth, tiles, 132, 4)
-                assert parts == 1 or (tiles * parts <= 132 and depth // parts >= 4)
+                assert parts == 1 or (tiles <= 132 and depth // parts >= 4)
 
     def test_in_the_interpreter():
         run_interpreted(__file__)
