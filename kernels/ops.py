@@ -172,7 +172,10 @@ def _(x, scale, block, backend):
     return x.new_empty(columns, padded(rows, block), dtype=torch.int8)
 
 
-def _gemm_fake(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, backend):
+def _gemm_fake(
+    a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, backend,
+    group_blocks=0,
+):  # fmt: skip
     return a_low.new_empty(a_low.shape[0], b_low.shape[0], dtype=out_dtype)
 
 
@@ -199,9 +202,13 @@ def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:
         block: int,
         out_dtype: torch.dtype,
         backend: str,
+        group_blocks: int = 0,
     ) -> Tensor:
         a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-        return getattr(backends.load(backend), kernel)(a, b, bias, out_dtype)
+        kernels = backends.load(backend)
+        if group_blocks:
+            return kernels.gemm_row_groups(a, b, out_dtype, group_blocks)
+        return getattr(kernels, kernel)(a, b, bias, out_dtype)
 
     _fake(name)(_gemm_fake)
     return op
@@ -213,36 +220,9 @@ _gemm_row, _gemm_block = _gemm_op("gemm_row", "gemm_row"), _gemm_op("gemm_block"
 _gemm_row_again = _gemm_op("gemm_row_again", "gemm_row")
 
 
-@_define("gemm_row_groups")
-def _gemm_row_groups(
-    a_low: Tensor,
-    a_high: Tensor | None,
-    a_slot: Tensor | None,
-    a_scale: Tensor | None,
-    b_low: Tensor,
-    b_high: Tensor | None,
-    b_slot: Tensor | None,
-    b_scale: Tensor | None,
-    bias: Tensor | None,
-    depth: int,
-    block: int,
-    out_dtype: torch.dtype,
-    backend: str,
-    group_blocks: int,
-) -> Tensor:
-    a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-    return backends.load(backend).gemm_row_groups(a, b, out_dtype, group_blocks)
-
-
-@_fake("gemm_row_groups")
-def _(*args):
-    return _gemm_fake(*args[:-1])
-
-
 @register_flop_formula(
     [
         torch.ops.lightning_int8.gemm_row,
-        torch.ops.lightning_int8.gemm_row_groups,
         torch.ops.lightning_int8.gemm_row_again,
         torch.ops.lightning_int8.gemm_block,
     ]
@@ -280,7 +260,7 @@ def gemm_row_groups(
     a: QuantizedMatrix, b: QuantizedMatrix, out_dtype: torch.dtype, backend: str, group_blocks: int
 ) -> Tensor:
     """See :func:`lightning_int8.kernels.groups.gemm_row_groups`."""
-    return _gemm_row_groups(*_flat(a), *_flat(b), None, a.size[1], a.block, out_dtype, backend, group_blocks)
+    return _gemm_row(*_flat(a), *_flat(b), None, a.size[1], a.block, out_dtype, backend, group_blocks)
 
 
 def gemm_block(
