@@ -35,7 +35,8 @@ class QuantizedMatrix:
         high: int8 ``[C, B, B]``, the extra plane of the fallback blocks; entries past their number are undefined.
             ``None``: there is no fallback.
         slot: int32 ``[RB, QB]``, each block's index into ``high``, or -1. ``None``: there is no fallback.
-        scale: float32 ``[R]`` with ``row`` scaling, ``[RB, QB]`` with ``block``; ``None`` where it runs along the
+        scale: float32 ``[R]`` with ``row`` scaling (``[groups, R]`` where groups of the contraction have their own: see
+            :mod:`lightning_int8.kernels.groups`), ``[RB, QB]`` with ``block``; ``None`` where it runs along the
             contraction and the other operand has absorbed it.
         size: ``(R, Q)``.
         block: ``B``.
