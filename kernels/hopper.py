@@ -91,7 +91,8 @@ def gemm_row(
             **_row_constants(a, b, depth),
         )  # fmt: skip
         return out
-    add_parts(_sums_of_parts(a, b, parts), _operand(a)[3], _operand(b)[3], bias, accumulate, out)
+    a_scale, b_scale = (None if x.scale is None else x.scale.contiguous() for x in (a, b))
+    add_parts(_sums_of_parts(a, b, parts), a_scale, b_scale, bias, accumulate, out)
     return out
 
 
