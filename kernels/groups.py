@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
+from lightning_int8.kernels.planes import QuantizedMatrix, groups_along
 
 
 def gemm_row_groups(
@@ -42,7 +42,7 @@ def gemm_row_groups(
 
 def scales_of(a: QuantizedMatrix, group_blocks: int) -> Tensor:
     """``a.scale``, float32 ``[groups, R]``; see :func:`gemm_row_groups` for the error."""
-    groups = max(1, blocks_along(blocks_along(a.size[1], a.block), group_blocks))
+    groups = groups_along(a.size[1], a.block, group_blocks)
     if a.scale is None or a.scale.shape != (groups, a.size[0]):
         found = "no scale" if a.scale is None else f"a scale of shape {list(a.scale.shape)}"
         raise ValueError(f"gemm_row_groups needs one scale a row for each of {groups} groups, not {found}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
-from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, padded
+from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, groups_along, padded
 
 _library = torch.library.Library("lightning_int8", "DEF")
 
@@ -121,8 +121,7 @@ def _(
             dy.new_empty(rows, dtype=torch.float32),
         ]
     if group_blocks and input_scale is not None:
-        groups = max(1, blocks_along(blocks_along(tokens, block), group_blocks))
-        out[-1] = dy.new_empty(groups, features, dtype=torch.float32)
+        out[-1] = dy.new_empty(groups_along(tokens, block, group_blocks), features, dtype=torch.float32)
     return (*out, dy.new_empty(features if bias else 0, dtype=torch.float32))
 
 
@@ -207,7 +206,7 @@ def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:
         a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
         kernels = backends.load(backend)
         if group_blocks:
-            return kernels.gemm_row_groups(a, b, out_dtype, group_blocks)
+            return getattr(kernels, f"{kernel}_groups")(a, b, out_dtype, group_blocks)
         return getattr(kernels, kernel)(a, b, bias, out_dtype)
 
     _fake(name)(_gemm_fake)
@@ -241,8 +240,9 @@ def gemm_row(
     out_dtype: torch.dtype,
     backend: str,
     again: bool = False,
+    group_blocks: int = 0,
 ) -> Tensor:
-    """See :func:`lightning_int8.kernels.reference.gemm_row`.
+    """See :func:`lightning_int8.kernels.reference.gemm_row`, and with ``group_blocks`` `groups.gemm_row_groups`.
 
     Args:
         a: First operand.
@@ -251,16 +251,10 @@ def gemm_row(
         out_dtype: See there.
         backend: Who runs it.
         again: In a backward, for a product of the forward that was not kept.
+        group_blocks: Blocks of the contraction that share ``a``'s scales, without ``bias``; 0: all.
     """
     op = _gemm_row_again if again else _gemm_row
-    return op(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend)
-
-
-def gemm_row_groups(
-    a: QuantizedMatrix, b: QuantizedMatrix, out_dtype: torch.dtype, backend: str, group_blocks: int
-) -> Tensor:
-    """See :func:`lightning_int8.kernels.groups.gemm_row_groups`."""
-    return _gemm_row(*_flat(a), *_flat(b), None, a.size[1], a.block, out_dtype, backend, group_blocks)
+    return op(*_flat(a), *_flat(b), bias, a.size[1], a.block, out_dtype, backend, group_blocks)
 
 
 def gemm_block(

@@ -60,6 +60,11 @@ def padded(length: int, block: int) -> int:
     return blocks_along(length, block) * block
 
 
+def groups_along(length: int, block: int, group_blocks: int) -> int:
+    """How many groups of ``group_blocks`` blocks cover ``length``, at least one."""
+    return max(1, blocks_along(length, block * group_blocks))
+
+
 def seed_count(blocks: int, rate: float) -> int:
     """How many of ``blocks`` fall back at ``rate``: the nearest whole number, halves up."""
     return math.floor(rate * blocks + 0.5)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_int8.kernels.integers import gradient_planes
-from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, seed_count
+from lightning_int8.kernels.planes import MIN_SCALE, blocks_along, groups_along, seed_count
 from lightning_int8.kernels.quantize_launch import (
     Allocator,
     check,
@@ -104,18 +104,16 @@ def quantize_row_gradient(
     has_a, has_g = weight_scale is not None, input_scale is not None
     new = Allocator(dy.device)
     fallback, blocks = capacity > 0, row_blocks * column_blocks
-    groups = max(1, blocks_along(row_blocks, group_blocks)) if group_blocks else 1
+    groups = (groups_along(rows, block, group_blocks),) if group_blocks else ()
 
-    def results(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def results(wanted: bool, rows: int, columns: int, *groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not wanted:
             return new.int8(0), new.int8(0), new.int32(0), new.float32(0)
         low, _, high, _, slot = empty_planes(new, rows, columns, capacity, block, False)
-        return low, high, slot, new.float32(rows)
+        return low, high, slot, new.float32(*groups, rows)
 
     a_low, a_high, a_slot, a_scale = results(has_a, rows, columns)
-    g_low, g_high, g_slot, g_scale = results(has_g, columns, rows)
-    if group_blocks and has_g:
-        g_scale = new.float32(groups, columns)
+    g_low, g_high, g_slot, g_scale = results(has_g, columns, rows, *groups)
     dbias = new.float32(columns if bias else 0)
     out = a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias
     if dy.numel() == 0:
@@ -135,7 +133,7 @@ def quantize_row_gradient(
                 dy, input_scale, input_int_max, weight_scale, *found, rows, columns, *dy.stride(),
                 B=block, **row_options("gradient_statistics", block, dy),
             )  # fmt: skip
-    a_inverse, g_inverse = new.float32(rows), new.float32(groups, columns)
+    a_inverse, g_inverse = new.float32(rows), new.float32(*groups, columns)
     a_seed = new.int32(1) if has_a and stochastic else None
     g_seed = new.int32(1) if has_g and stochastic else None
     sizes = select_sizes(block, blocks, max(row_blocks, column_blocks))

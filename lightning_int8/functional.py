@@ -93,7 +93,7 @@ class _Int8Linear(torch.autograd.Function):
             if w is not None and w.dgrad is not None and g.dgrad is not None:
                 dx = scheme.gemm(g.dgrad, w.dgrad, None, ctx.input_dtype, backend)
             if g.wgrad is not None and g.input_transposed is not None:
-                dw = scheme.wgrad(g.wgrad, g.input_transposed, weight.dtype, backend)
+                dw = scheme.gemm(g.wgrad, g.input_transposed, None, weight.dtype, backend)
         if needs_db and db is None:
             db = dy.sum(0, dtype=torch.float32)
         if needs_dx and dx is None:

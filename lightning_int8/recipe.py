@@ -65,7 +65,7 @@ class Int8Recipe:
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
-            as 4096. Fewer make dW more accurate and its GEMM slower, which runs once a group and adds up in float32.
+            as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.
             ``None``: all tokens share them. Only with ``scaling="row"`` and without ``budget``.
         fuse_swiglu: Compute SwiGLU layers (``down(silu(gate(x)) * up(x))``) together with the quantization of what they
             produce, as :mod:`lightning_int8.fusion` says; the results stay the same. Only with ``scaling="row"`` and

@@ -87,10 +87,6 @@ class Scheme(Protocol):
         """``a @ bᵀ + bias``."""
         ...
 
-    def wgrad(self, g: QuantizedMatrix, x: QuantizedMatrix, out_dtype: torch.dtype, backend: str) -> Tensor:
-        """``g @ xᵀ`` of the operands that `quantize_gradient` made: dW ``[N, K]``."""
-        ...
-
 
 class _BlockFallback:
     """What `row` and `block` share: blocks, bands and capacities."""
@@ -210,11 +206,6 @@ class RowScheme(_BlockFallback):
     def _group_blocks(self) -> int:
         return (self.recipe.wgrad_group_tokens or 0) // self.block
 
-    def wgrad(self, g: QuantizedMatrix, x: QuantizedMatrix, out_dtype: torch.dtype, backend: str) -> Tensor:
-        if self._group_blocks():
-            return ops.gemm_row_groups(g, x, out_dtype, backend, self._group_blocks())
-        return ops.gemm_row(g, x, None, out_dtype, backend)
-
     def swiglu_gradient(
         self,
         dh: Tensor,
@@ -244,7 +235,9 @@ class RowScheme(_BlockFallback):
         return swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend)
 
     def gemm(self, a, b, bias, out_dtype, backend):
-        return ops.gemm_row(a, b, bias, out_dtype, backend)
+        # Only dY as the wgrad's operand has scales by groups.
+        grouped = a.scale is not None and a.scale.dim() == 2
+        return ops.gemm_row(a, b, bias, out_dtype, backend, group_blocks=self._group_blocks() if grouped else 0)
 
     def input_again(self, saved: tuple[Tensor, ...], size: tuple[int, int]) -> QuantizedMatrix:
         """X of ``size`` for the forward GEMM, from what `quantize_input` saves."""
@@ -310,9 +303,6 @@ class BlockScheme(_BlockFallback):
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_block(a, b, bias, out_dtype, backend)
 
-    def wgrad(self, g, x, out_dtype, backend):
-        return self.gemm(g, x, None, out_dtype, backend)
-
 
 class VectorScheme:
     """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
@@ -351,9 +341,6 @@ class VectorScheme:
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
-
-    def wgrad(self, g, x, out_dtype, backend):
-        return self.gemm(g, x, None, out_dtype, backend)
 
 
 _SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": VectorScheme}

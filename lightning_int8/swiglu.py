@@ -117,7 +117,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
         # The wgrad first, since it needs the planes of h, so that those are gone before dh is made.
-        down_dw = scheme.wgrad(g.wgrad, g.input_transposed, weights[2].dtype, backend) if needs_down_dw else None
+        down_dw = scheme.gemm(g.wgrad, g.input_transposed, None, weights[2].dtype, backend) if needs_down_dw else None
         down_db = g.dbias.to(ctx.bias_dtypes[2]) if needs_down_db else None
         a = g.dgrad
         del g, h_saved
@@ -141,7 +141,7 @@ class _Int8SwiGLU(torch.autograd.Function):
                 [part[i] for part in statistics],
             )  # fmt: skip
             dx = None if w is None else scheme.gemm(g.dgrad, w.dgrad, None, dtype, backend).to(ctx.input_dtype)
-            dw = scheme.wgrad(g.wgrad, g.input_transposed, weights[i].dtype, backend) if x_saved else None
+            dw = scheme.gemm(g.wgrad, g.input_transposed, None, weights[i].dtype, backend) if x_saved else None
             results.append((dx, dw, None if g.dbias is None else g.dbias.to(ctx.bias_dtypes[i])))
             del g, dprojected
         (gate_dx, gate_dw, gate_db), (up_dx, up_dw, up_db) = results
