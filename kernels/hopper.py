@@ -26,6 +26,7 @@ The quantize ops of this backend are the portable ones.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _sums_of_parts(a: QuantizedMatrix, b: QuantizedMatrix, parts: int) -> Tensor
     """The INT32 sums of each of ``parts`` parts of the contraction, ``[parts, R, N]``."""
     rows, cols, depth = a.size[0], b.size[0], blocks_along(a.size[1], BLOCK)
     sums = torch.empty(parts, rows, cols, dtype=torch.int32, device=a.low.device)
-    row_kernel[min(_tiles(sums[0]) * parts, _processors(sums.device.index)),](
+    row_kernel[_grid(sums)](
         *_operand(a)[:3], None, *_operand(b)[:3], None, None, None, sums, None, rows, cols, depth, parts,
         **_row_constants(a, b, depth),
     )  # fmt: skip
@@ -202,7 +203,9 @@ def _layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def _tiles(out: Tensor) -> int:
-    return blocks_along(out.shape[0], TILE_M) * blocks_along(out.shape[1], TILE_N)
+    """Of all the matrices in ``out [..., R, N]``."""
+    *parts, rows, cols = out.shape
+    return math.prod(parts) * blocks_along(rows, TILE_M) * blocks_along(cols, TILE_N)
 
 
 def _grid(out: Tensor) -> tuple[int]:
