@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from triton.testing import do_bench_cudagraph
 
 from lightning_int8.bench.gemm import bf16, operand
 from lightning_int8.kernels import hopper
@@ -40,28 +40,13 @@ SHAPES = (
     ("forward", 2048, 512, 2048),
 )
 PARTS = (1, 2, 3, 4, 6, 8)
-CALLS, REPLAYS, SETS = 12, 40, 3
+SETS = 3
 choose_parts = hopper.choose_parts
 
 
 def microseconds(runs: Sequence[Callable[[], Any]]) -> float:
     """Median of one call, ``runs`` taking turns."""
-    for run in runs:
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            runs[i % len(runs)]()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        times.append((begin, end))
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in times[3:]) * 1e3 / CALLS
+    return 1e3 * do_bench_cudagraph(lambda: [run() for run in runs], return_mode="median") / len(runs)
 
 
 def in_parts(parts: int, a: QuantizedMatrix, b: QuantizedMatrix) -> Callable[[], torch.Tensor]:
