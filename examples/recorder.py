@@ -78,9 +78,6 @@ class Recorder(Callback):
         if self._resumed_at is not None:
             self.curve.train_tokens += batch[:, 1:].numel()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._stop_clock()
-
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._stop_clock()
 
@@ -94,6 +91,8 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, so that a resumed run's curve is whole."""
+        # Lightning calls this before `on_save_checkpoint`.
+        self._stop_clock()
         losses = self.curve.train_loss | {step: float(loss) for step, loss in self._losses.items()}
         return dataclasses.asdict(self.curve) | {"train_loss": losses}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 from pathlib import Path
@@ -24,6 +25,7 @@ SMALL = {"vocab_size": 301, "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads"
 SHARED = {
     "tokens": 12 * 4 * 32,
     "evaluations": 3,
+    "branch_at": 0.5,
     "val_batches": 2,
     "accelerator": "cpu",
     "data": {"sequence_length": 32, "batch_size": 4, "vocab_size": 300, "val_fraction": 0.2, "max_bytes": 30_000},
@@ -76,6 +78,43 @@ def test_a_run_that_was_stopped_after_every_step_ends_as_one_that_was_not(shared
     assert stopped["curve"] == whole["curve"]
     assert stopped["val_loss"] == whole["val_loss"]
     assert not (tmp_path / "stopped" / "last.ckpt").exists()
+
+
+def test_a_run_that_branches_goes_on_where_its_parent_was(study):
+    folder = study(
+        **{
+            "parent": {"keep_branch": True},
+            "same": {"branch_from": "parent"},
+            "int8": {"branch_from": "parent", "int8": {"preset": "row", "block_size": 16}},
+            "fp8": {"branch_from": "parent", "peer": "fp8-rowwise"},
+        }
+    )
+    results = _results(folder)
+    parent, same = results["parent"], results["same"]
+    assert same["curve"]["train_loss"] == parent["curve"]["train_loss"]
+    assert same["val_loss"] == parent["val_loss"]
+    for name in ("int8", "fp8"):
+        losses = results[name]["curve"]["train_loss"]
+        parted = [step for step in losses if losses[step] != parent["curve"]["train_loss"][step]]
+        assert parted == ["7", "8", "9", "10", "11", "12"]
+        assert losses["12"] == pytest.approx(parent["curve"]["train_loss"]["12"], rel=1e-2)
+    with open(folder / "results.csv", newline="") as lines:
+        rows = {row["run"]: row for row in csv.DictReader(lines)}
+    late = [results["int8"]["curve"]["train_loss"][s] - same["curve"]["train_loss"][s] for s in ("10", "11", "12")]
+    assert float(rows["int8"]["late_gap_millinats"]) == pytest.approx(1e3 * sum(late) / 3, abs=0.006)
+    assert float(rows["same"]["late_gap_millinats"]) == 0
+    assert rows["parent"]["late_gap_millinats"] == ""
+
+
+def test_a_stopped_run_counts_the_time_of_all_its_tokens(shared, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("examples.recorder.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("examples.recorder.Recorder.WARMUP_STEPS", 0)
+    tokens = 4 * 32
+    with pytest.raises(OutOfTimeError, match="stopped after 1 of 12 steps"):
+        train(Run("one"), shared, tmp_path / "one", None, stop_at=0.0)
+    saved = torch.load(tmp_path / "one" / "last.ckpt", weights_only=True)["callbacks"]["Recorder"]
+    assert (saved["train_tokens"], saved["train_seconds"]) == (tokens, 1.0)
 
 
 def test_a_run_that_is_lost_fails_and_leaves_no_result(shared, tmp_path):
@@ -142,8 +181,8 @@ def test_a_changed_run_does_not_mix_with_earlier_results(study, capsys):
 
 
 def test_the_order_of_the_runs(tmp_path):
-    def job(name: str, tokens: int, init_from: str | None = None, done: float | None = None, kind: str = "") -> Job:
-        made = Job(name, tmp_path, {}, tmp_path, init_from, tokens, kind)
+    def job(name: str, tokens: int, start: Path | None = None, done: float | None = None, kind: str = "") -> Job:
+        made = Job(name, tmp_path, {}, tmp_path, start, tokens, kind)
         made.folder.mkdir()
         if done is not None:
             (made.folder / "stopped").write_text(str(done))
@@ -154,7 +193,15 @@ def test_the_order_of_the_runs(tmp_path):
     faster = job("faster", 1000, kind="fast")
     (faster.folder / "result.json").write_text('{"tokens_per_second": 2000}')
     long, short, fast = job("long", 30000), job("short", 1000), job("fast", 30000, kind="fast")
-    jobs = [finished, faster, job("tuned", 1, "long"), long, short, job("begun", 30000, done=0.95), fast]
+    jobs = [
+        finished,
+        faster,
+        job("tuned", 1, tmp_path / "long" / "weights.pt"),
+        long,
+        short,
+        job("begun", 30000, done=0.95),
+        fast,
+    ]
     waiting = jobs[2:]
     # In 60 seconds, of which 40 are no training, the short one, the rest of the one begun and the fast one would end.
     names, locks = [], []
@@ -192,10 +239,11 @@ def test_every_yaml_of_the_study_is_a_run():
     names = [run.name for run in runs]
     assert {"bf16-seed0", "bf16-seed1", "bf16-seed2", "row", "float8-rowwise"} <= set(names)
     for run in runs:
-        assert run.init_from is None or names.index(run.init_from) < names.index(run.name)
+        assert run.parent is None or names.index(run.parent) < names.index(run.name)
         assert run.int8 is None or run.recipe is not None
         LlamaConfig(**{**SMALL, **run.model})
     assert {run.name for run in runs if run.keep_weights} >= {run.init_from for run in runs if run.init_from}
+    assert {run.name for run in runs if run.keep_branch} >= {run.branch_from for run in runs if run.branch_from}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +252,7 @@ def test_every_yaml_of_the_study_is_a_run():
         ({"int8": "row", "peer": "fp8-rowwise"}, "exclude each other"),
         ({"peer": "fp8-columns"}, "must be one of"),
         ({"share": 0}, "above 0"),
+        ({"init_from": "a", "branch_from": "b"}, "exclude each other"),
     ],
 )
 def test_wrong_runs(fields, message):
@@ -217,6 +266,8 @@ def test_wrong_yaml(tmp_path):
         load(tmp_path / "one.yaml")
     with pytest.raises(ValueError, match="init_from='two'"):
         in_order([Run("one", init_from="two")])
+    with pytest.raises(ValueError, match="branch_from='two'"):
+        in_order([Run("one", branch_from="two")])
 
 
 def test_the_text_of_this_machine():

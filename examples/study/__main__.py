@@ -32,6 +32,7 @@ from examples.study.corpus import describe, prepare
 from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, start_server, work_off
 from examples.study.results import write_results
+from examples.study.start import starting_file, tokens_to_train
 from examples.text import TokenCache
 
 SHARED = Path(__file__).parent / "study.yaml"
@@ -119,8 +120,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
             arguments.plans / f"{run.name}.yaml",
             shared,
             study,
-            run.init_from,
-            int(shared["tokens"] * run.share),
+            starting_file(run, study),
+            tokens_to_train(run, shared),
             run.kind,
         )
         for study, (shared, members) in by_study.items()

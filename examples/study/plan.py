@@ -33,9 +33,13 @@ class Run:
         objective: See :class:`examples.study.module.StudyModule`.
         corpus: See :mod:`examples.study.corpus`.
         init_from: Name of the run whose weights this one starts from.
+        branch_from: Name of the run whose checkpoint at the study's ``branch_at`` this one goes on with: weights,
+            optimizer, batches and learning rate. So the runs have no time to part before what differs between them
+            shows.
         compile: Mode of `torch.compile` if it differs from the study's.
         share: Of the study's tokens a run, how many this one trains on.
         keep_weights: Whether to leave ``weights.pt``; set for the runs that others start from, or that the probe reads.
+        keep_branch: Whether to leave ``branch.ckpt``; set for the runs that others branch from.
 
     Raises:
         ValueError: A field is out of range, or fields contradict each other.
@@ -49,9 +53,11 @@ class Run:
     objective: Objective = "next_token"
     corpus: Corpus = "python"
     init_from: str | None = None
+    branch_from: str | None = None
     compile: CompileMode | None = None
     share: float = 1.0
     keep_weights: bool = False
+    keep_branch: bool = False
 
     def __post_init__(self) -> None:
         if self.int8 is not None and self.peer is not None:
@@ -60,6 +66,15 @@ class Run:
             raise ValueError(f"{self.name}: peer={self.peer!r} must be one of {', '.join(map(repr, TORCHAO))}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"{self.name}: share={self.share!r} must be above 0 and at most 1.")
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError(
+                f"{self.name}: init_from={self.init_from!r} and branch_from={self.branch_from!r} exclude each other."
+            )
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the run that this one starts from."""
+        return self.init_from or self.branch_from
 
     @property
     def kind(self) -> str:
@@ -108,12 +123,13 @@ def in_order(runs: list[Run]) -> list[Run]:
     def place(run: Run, above: tuple[str, ...]) -> None:
         if run.name in ordered:
             return
-        if run.init_from is not None:
-            if run.init_from not in names or run.init_from in above:
+        if run.parent is not None:
+            if run.parent not in names or run.parent in above:
+                field_name = "init_from" if run.init_from is not None else "branch_from"
                 raise ValueError(
-                    f"{run.name}: init_from={run.init_from!r} must be another of the runs: {', '.join(names)}."
+                    f"{run.name}: {field_name}={run.parent!r} must be another of the runs: {', '.join(names)}."
                 )
-            place(names[run.init_from], (*above, run.name))
+            place(names[run.parent], (*above, run.name))
         ordered[run.name] = run
 
     for run in runs:

@@ -38,7 +38,7 @@ class Job:
         plan: The YAML.
         shared: What all runs of its length share: the study's YAML with the command line's changes.
         study: Folder of the runs of its length.
-        init_from: Name of the run whose weights it starts from.
+        start: The file of another run that it starts from.
         tokens: How many it trains on.
         kind: What runs of the same speed have in common.
     """
@@ -47,7 +47,7 @@ class Job:
     plan: Path
     shared: dict[str, Any]
     study: Path
-    init_from: str | None
+    start: Path | None
     tokens: int
     kind: str
 
@@ -57,14 +57,9 @@ class Job:
         return self.study / self.name
 
     @property
-    def weights(self) -> Path | None:
-        """The weights it starts from."""
-        return None if self.init_from is None else self.study / self.init_from / "weights.pt"
-
-    @property
     def ready(self) -> bool:
         """Whether what it starts from is there."""
-        return self.weights is None or self.weights.exists()
+        return self.start is None or self.start.exists()
 
     @property
     def share_done(self) -> float:
@@ -202,7 +197,7 @@ def _work(job: Job, device: str, caches: Mapping[str, str], stop_at: float, proc
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         corpus.open_caches(caches, job.shared["data"])
         try:
-            train(load(job.plan), job.shared, job.folder, job.weights, stop_at)
+            train(load(job.plan), job.shared, job.folder, job.start, stop_at)
             (job.folder / STOPPED).unlink(missing_ok=True)
         except OutOfTimeError as error:
             (job.folder / STOPPED).write_text(str(error.share_done))

@@ -18,6 +18,7 @@ from examples.recorder import Recorder
 from examples.study.corpus import StudyData
 from examples.study.module import StudyModule
 from examples.study.plan import Run
+from examples.study.start import BRANCH, WEIGHTS, KeepBranch, OwnSpeed
 from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor, Int8Linear
 from lightning_int8.bench.precisions import precisions
 from lightning_int8.checkpoint import VerifiedCheckpointIO
@@ -73,7 +74,7 @@ class StopAt(Callback):
 
 
 def train(
-    run: Run, shared: dict[str, Any], folder: Path, weights: Path | None, stop_at: float = math.inf
+    run: Run, shared: dict[str, Any], folder: Path, start: Path | None, stop_at: float = math.inf
 ) -> dict[str, Any]:
     """Trains ``run`` in ``folder``, or returns the result that lies there already.
 
@@ -81,7 +82,7 @@ def train(
         run: What to train.
         shared: What all runs share: the study's YAML with the command line's changes.
         folder: For the checkpoint and the results; made if missing.
-        weights: ``weights.pt`` of the run it starts from.
+        start: The file that it starts from, see :mod:`examples.study.start`.
         stop_at: `time.time()` at which it stops.
 
     Returns:
@@ -105,8 +106,8 @@ def train(
     on_gpu = torch.cuda.is_available() and shared["accelerator"] != "cpu"
     L.seed_everything(run.seed, verbose=False)
     module = _module(run, shared, steps, on_gpu)
-    if weights is not None:
-        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    if start is not None and run.init_from is not None:
+        module.load_state_dict(torch.load(start, map_location="cpu", weights_only=True))
     if run.peer is not None:
         precisions([], [run.peer])[-1].convert(module, IGNORED)
     recorder = Recorder()
@@ -128,7 +129,13 @@ def train(
         if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
             monitor = FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder))
             callbacks.append(monitor)
-    checkpoint = folder / "last.ckpt"
+    if run.keep_branch:
+        callbacks.append(KeepBranch(max(1, int(steps * shared["branch_at"])), folder / BRANCH))
+    checkpoint = resumed = folder / "last.ckpt"
+    if run.branch_from is not None and not checkpoint.exists():
+        assert start is not None
+        resumed = start
+        callbacks.append(OwnSpeed(recorder))
     # Last, so that its checkpoint holds what the others did in the same step.
     callbacks.append(StopAt(stop_at, checkpoint))
     trainer = L.Trainer(
@@ -149,7 +156,7 @@ def train(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.fit(module, datamodule=data, ckpt_path=resumed if resumed.exists() else None)
     if steps not in recorder.curve.val_loss:
         trainer.validate(module, datamodule=data, verbose=False)
     curve = recorder.curve
@@ -167,7 +174,7 @@ def train(
         "curve": {"train_loss": curve.train_loss, "val_loss": curve.val_loss},
     }
     if run.keep_weights:
-        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, folder / "weights.pt")
+        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, folder / WEIGHTS)
     # Last, since its presence says that the run is complete.
     partial = folder / ".result.partial"
     partial.write_text(json.dumps(result))
