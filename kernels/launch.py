@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import local
 from typing import Any
 
 from torch import Tensor
 
 # What takes a launch (the kernel, its arguments, its constants) in its place; see `noting_launches`.
 _note: Callable[[CachedLaunch, tuple[Any, ...], dict[str, Any]], None] | None = None
+
+
+class _Watcher(local):
+    """Who is told of this thread's launches; see `watching`."""
+
+    tell: Callable[[Any, tuple[int, int, int], list[Any]], None] | None = None
+
+
+_watcher = _Watcher()
 
 
 class CachedLaunch:
@@ -43,16 +53,20 @@ class CachedLaunch:
             return _note(self, args, constants)
         key = (*map(kind, args), *constants.items())
         known = self._compiled.get(key)
-        if known is None:
-            compiled = self.kernel[grid](*args, **constants)
+        x, y, z = (*grid, 1, 1)[:3]
+        if known is not None:
+            compiled, rest = known
+            compiled[x, y, z](*args, *rest)
+        else:
+            compiled, rest = self.kernel[grid](*args, **constants), ()
             if compiled is not None:  # the interpreter compiles nothing
                 names = self.kernel.arg_names[len(args) :]
                 if any(index < len(args) for index in self.kernel.constexprs):
                     raise TypeError(f"{self.kernel.__name__}: constants must be passed by name")
-                self._compiled[key] = compiled, tuple(constants[name] for name in names)
-            return compiled
-        compiled, rest = known
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+                rest = tuple(constants[name] for name in names)
+                self._compiled[key] = compiled, rest
+        if _watcher.tell is not None:
+            _watcher.tell(compiled, (x, y, z), [*args, *rest])
         return compiled
 
 
@@ -65,6 +79,25 @@ def noting_launches(note: Callable[[CachedLaunch, tuple[Any, ...], dict[str, Any
         yield
     finally:
         _note = before
+
+
+def is_noting() -> bool:
+    """Whether launches are noted instead of made."""
+    return _note is not None
+
+
+@contextmanager
+def watching(tell: Callable[[Any, tuple[int, int, int], list[Any]], None]) -> Iterator[None]:
+    """While entered, ``tell`` is called after every launch of this thread.
+
+    Args:
+        tell: Takes the compiled kernel (``None``: it was interpreted), the grid, and the arguments for it.
+    """
+    _watcher.tell = tell
+    try:
+        yield
+    finally:
+        _watcher.tell = None
 
 
 def kind(value: Any) -> Any:

@@ -6,6 +6,7 @@ runs it, a fake implementation for tracing, and, for GEMMs, a FLOP formula. Oper
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, groups_along, padded
+from lightning_int8.kernels.replay import Replayed
 
 _library = torch.library.Library("lightning_int8", "DEF")
 
@@ -41,6 +43,13 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"lightning_int8::{name}", lib=_library)
 
 
+@functools.cache
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    """``backend``'s function, repeated from what it launched before if it launches anything."""
+    function = getattr(backends.load(backend), name)
+    return function if backend == "reference" else Replayed(function)
+
+
 def _may_count() -> bool:
     """Whether a forward op may change its layer's state: not under inference mode, nor in a backward.
 
@@ -64,7 +73,7 @@ def quantize_row(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing."""
     update = update and _may_count()
-    return backends.load(backend).quantize_row(x, state, operand, seed_rate, capacity, block, update, transpose)
+    return _implementation(backend, "quantize_row")(x, state, operand, seed_rate, capacity, block, update, transpose)
 
 
 @_fake("quantize_row")
@@ -97,7 +106,7 @@ def quantize_row_gradient(
     group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`; ``statistics`` may be empty."""
-    return backends.load(backend).quantize_row_gradient(
+    return _implementation(backend, "quantize_row_gradient")(
         dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias,
         statistics, group_blocks,
     )  # fmt: skip
@@ -140,7 +149,7 @@ def quantize_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""
     update = update and (operand != 0 or _may_count())
-    return backends.load(backend).quantize_block(
+    return _implementation(backend, "quantize_block")(
         x, state, operand, seed_rate, capacity, block, update, transpose, stochastic
     )
 
@@ -162,7 +171,7 @@ def _(x, state, operand, seed_rate, capacity, block, update, transpose, stochast
 @_define("transposed_integers")
 def transposed_integers(x: Tensor, scale: Tensor, block: int, backend: str) -> Tensor:
     """See :func:`lightning_int8.kernels.reference.transposed_integers`."""
-    return backends.load(backend).transposed_integers(x, scale, block)
+    return _implementation(backend, "transposed_integers")(x, scale, block)
 
 
 @_fake("transposed_integers")
@@ -178,11 +187,20 @@ def _gemm_fake(
     return a_low.new_empty(a_low.shape[0], b_low.shape[0], dtype=out_dtype)
 
 
-def _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block):
-    return (
-        QuantizedMatrix(a_low, a_high, a_slot, a_scale, (a_low.shape[0], depth), block),
-        QuantizedMatrix(b_low, b_high, b_slot, b_scale, (b_low.shape[0], depth), block),
-    )
+@functools.cache
+def _product(backend: str, kernel: str, grouped: bool) -> Callable[..., Tensor]:
+    """``backend``'s GEMM, given its operands' fields; as `_implementation`."""
+    function = getattr(backends.load(backend), f"{kernel}_groups" if grouped else kernel)
+
+    def product(
+        a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, group_blocks
+    ):  # fmt: skip
+        a = QuantizedMatrix(a_low, a_high, a_slot, a_scale, (a_low.shape[0], depth), block)
+        b = QuantizedMatrix(b_low, b_high, b_slot, b_scale, (b_low.shape[0], depth), block)
+        return function(a, b, out_dtype, group_blocks) if grouped else function(a, b, bias, out_dtype)
+
+    # Groups' sums are freed one after another, which memory shared by all that is not returned would not be.
+    return product if grouped or backend == "reference" else Replayed(product)
 
 
 def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:
@@ -203,11 +221,9 @@ def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:
         backend: str,
         group_blocks: int = 0,
     ) -> Tensor:
-        a, b = _operands(a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, depth, block)
-        kernels = backends.load(backend)
-        if group_blocks:
-            return getattr(kernels, f"{kernel}_groups")(a, b, out_dtype, group_blocks)
-        return getattr(kernels, kernel)(a, b, bias, out_dtype)
+        return _product(backend, kernel, group_blocks > 0)(
+            a_low, a_high, a_slot, a_scale, b_low, b_high, b_slot, b_scale, bias, depth, block, out_dtype, group_blocks
+        )
 
     _fake(name)(_gemm_fake)
     return op

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row
 from lightning_int8.kernels.planes import padded
+from lightning_int8.kernels.replay import Replayed
 
 
-def _module(backend: str, native: str = "swiglu") -> ModuleType:
-    """Both native backends share one implementation, in the module ``native``."""
-    return import_module(f"lightning_int8.kernels.{'swiglu_reference' if backend == 'reference' else native}")
+@functools.cache
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    """The function ``name``; both native backends share one, whose launches are repeated."""
+    if backend == "reference":
+        module = "swiglu_reference"
+    else:
+        module = "swiglu_planes" if name == "swiglu_planes" else "swiglu"
+    function = getattr(import_module(f"lightning_int8.kernels.{module}"), name)
+    if name == "swiglu_gradient":
+        function = _writing_over(function)
+    return function if backend == "reference" else Replayed(function)
+
+
+def _writing_over(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """``swiglu_gradient`` with ``dup`` written over ``dh`` and not returned."""
+
+    def over(dh: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        dgate, _, *statistics = gradient(dh, *args, dup=dh)
+        return dgate, *statistics
+
+    return over
 
 
 @_define("swiglu_row", mutates=["state"])
@@ -32,7 +53,9 @@ def swiglu_row(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.swiglu_reference.swiglu_row`; ``state`` counts once under checkpointing."""
     update = update and _may_count()
-    return _module(backend).swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, transpose)
+    return _implementation(backend, "swiglu_row")(
+        gate, up, state, operand, seed_rate, capacity, block, update, transpose
+    )
 
 
 @_fake("swiglu_row")
@@ -56,10 +79,9 @@ def swiglu_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.swiglu.swiglu_gradient`; ``dh``, contiguous, becomes the gradient of ``up``."""
-    dgate, _, *statistics = _module(backend).swiglu_gradient(
-        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias, dup=dh
+    return _implementation(backend, "swiglu_gradient")(
+        dh, gate, up, gate_scale, up_scale, input_scale, input_int_max, capacity, block, bias
     )
-    return dgate, *statistics
 
 
 @_fake("swiglu_gradient")
@@ -80,7 +102,7 @@ def swiglu_planes(
     gate: Tensor, up: Tensor, scale: Tensor, slot: Tensor, capacity: int, block: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.swiglu_planes.swiglu_planes`."""
-    return _module(backend, "swiglu_planes").swiglu_planes(gate, up, scale, slot, capacity, block)
+    return _implementation(backend, "swiglu_planes")(gate, up, scale, slot, capacity, block)
 
 
 @_fake("swiglu_planes")
