@@ -1,8 +1,9 @@
 """What each quantization method costs each linear of a model in accuracy, on one real batch.
 
 A forward and backward in the model's own precision gives every linear its X and dY; right there, each method computes
-Y, dX and dW again from them, and is compared with float32. A second forward a method, with all linears replaced, gives
-the divergence of the model's predictions.
+Y, dX and dW again from them, and is compared with float32; dX and dW also as far as small gradients make them
+(:mod:`lightning_int8.probe_small`). A second forward a method, with all linears replaced, gives the divergence of the
+model's predictions.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from lightning_int8.functional import int8_linear
 from lightning_int8.kernels.reference import block_amax
 from lightning_int8.linear import Int8Linear, is_plain_linear
 from lightning_int8.names import matches, strip_wrappers
+from lightning_int8.probe_small import SmallTokens, slope
 from lightning_int8.recipe import NO_FALLBACK, PRESETS, Int8Recipe
 
 Method = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 GEMMS = ("y", "dx", "dw")
+# What tokens with small gradients make of dX and dW.
+SMALL = ("dx_small", "dw_small")
 # Below this ratio of the 99th percentile to the median, block AbsMax values are all alike.
 OUTLIER_RATIO = 2.0
 
@@ -74,14 +78,21 @@ class LinearProbe:
         shape: Tokens M, in-features K and out-features N of the batch.
         x: Outliers of the input.
         dy: Outliers of the output's gradient.
-        sqnr: By method, the SQNR of Y, dX and dW against float32, in dB (NaN where an operand is all zeros).
+        small_dy: How large small gradients are, as a fraction: ``dy_ratio`` of :class:`SmallTokens`.
+        small_dw: What their tokens add to dW, as a fraction: ``dw_ratio`` there.
+        sqnr: By method, the SQNR against float32 of Y, dX and dW, and of what small gradients make of dX and dW, in dB
+            (NaN where an operand is all zeros).
+        slope: By method, how much of dX and dW of small gradients is kept, on average: 1 all, 0 nothing.
     """
 
     name: str
     shape: tuple[int, int, int]
     x: Outliers
     dy: Outliers
-    sqnr: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    small_dy: float
+    small_dw: float
+    sqnr: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    slope: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,9 +109,15 @@ class ProbeResult:
     kl: dict[str, float]
     top1: dict[str, float]
 
-    def column(self, method: str, gemm: str) -> Tensor:
-        """SQNR of all linears, float64 ``[linears]``."""
-        return torch.tensor([row.sqnr[method][GEMMS.index(gemm)] for row in self.linears], dtype=torch.float64)
+    def column(self, method: str, quantity: str) -> Tensor:
+        """SQNR of one of ``GEMMS`` or ``SMALL`` in all linears, float64 ``[linears]``."""
+        index = (*GEMMS, *SMALL).index(quantity)
+        return torch.tensor([row.sqnr[method][index] for row in self.linears], dtype=torch.float64)
+
+    def slopes(self, method: str, quantity: str) -> Tensor:
+        """Slope of one of ``SMALL`` in all linears, float64 ``[linears]``."""
+        index = SMALL.index(quantity)
+        return torch.tensor([row.slope[method][index] for row in self.linears], dtype=torch.float64)
 
 
 def probe(
@@ -109,6 +126,7 @@ def probe(
     compared: Mapping[str, Method] | None = None,
     ignore_modules: Sequence[str] = (),
     block_size: int = 128,
+    small_share: float = 0.5,
 ) -> ProbeResult:
     """Measures every ``nn.Linear`` of ``model`` that a forward calls.
 
@@ -118,17 +136,19 @@ def probe(
         compared: See :func:`methods`.
         ignore_modules: Patterns of linears to leave out, as in :func:`lightning_int8.convert_to_int8`.
         block_size: Of the outlier statistics.
+        small_share: The share of the tokens, those with the smallest gradients, that count as small.
 
     Raises:
-        ValueError: The model holds INT8 layers, or no linear is left.
+        ValueError: ``small_share`` is not between 0 and 1, the model holds INT8 layers, or no linear is left.
     """
+    if not 0 < small_share < 1:
+        raise ValueError(f"small_share={small_share} must lie between 0 and 1.")
     compared = methods() if compared is None else compared
     linears = _linears(model, ignore_modules)
     found: dict[str, LinearProbe] = {}
     with _predictions(model) as predictions:
-        with _hooks(
-            linears, lambda name, linear, x, y: _measure_later(found, name, linear, x, y, compared, block_size)
-        ):
+        measure = partial(_measure, compared=compared, block_size=block_size, small_share=small_share)
+        with _hooks(linears, partial(_measure_later, found, measure)):
             step().backward()
         model.zero_grad(set_to_none=True)
         full = predictions[-1]
@@ -188,38 +208,54 @@ def _predictions(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _measure_later(
     found: dict[str, LinearProbe],
+    measure: Callable[[str, nn.Linear, Tensor, Tensor], LinearProbe],
     name: str,
     linear: nn.Linear,
     x: Tensor,
     y: Tensor,
-    compared: Mapping[str, Method],
-    block_size: int,
 ) -> None:
     x = x.detach()
 
-    def measure(dy: Tensor) -> None:
+    def at_gradient(dy: Tensor) -> None:
         # y's dtype is autocast's, which is what the linear computed in.
-        found[name] = _measure(name, linear, x.to(y.dtype), dy.detach(), compared, block_size)
+        found[name] = measure(name, linear, x.to(y.dtype), dy.detach())
 
     if y.requires_grad:
-        y.register_hook(measure)
+        y.register_hook(at_gradient)
 
 
 def _measure(
-    name: str, linear: nn.Linear, x: Tensor, dy: Tensor, compared: Mapping[str, Method], block_size: int
+    name: str,
+    linear: nn.Linear,
+    x: Tensor,
+    dy: Tensor,
+    compared: Mapping[str, Method],
+    block_size: int,
+    small_share: float,
 ) -> LinearProbe:
     # Float32 in and out, or the outputs' rounding to BF16 would bound what can be seen.
     x, dy, weight = x.flatten(0, -2).float(), dy.flatten(0, -2).float(), linear.weight.detach().float()
     exact = (x @ weight.t(), dy @ weight, dy.t() @ x)
-    row = LinearProbe(name, (*x.shape, len(weight)), outliers(x, block_size), outliers(dy, block_size))
+    small = SmallTokens.of(small_share, x, dy, *exact[1:])
+    turned = small.turned(dy)
+    row = LinearProbe(
+        name,
+        (*x.shape, len(weight)),
+        outliers(x, block_size),
+        outliers(dy, block_size),
+        small.dy_ratio,
+        small.dw_ratio,
+    )
     for method_name, method in compared.items():
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
             y = method(a, w, None)
-            dx, dw = torch.autograd.grad(y, (a, w), dy)
-        row.sqnr[method_name] = tuple(  # type: ignore[assignment]
-            _sqnr(want, got) for want, got in zip(exact, (y.detach(), dx, dw), strict=True)
-        )
+            dx, dw = torch.autograd.grad(y, (a, w), dy, retain_graph=True)
+            (turned_dw,) = torch.autograd.grad(y, w, turned)
+        of_small = ((small.dx, dx[small.rows]), (small.dw, (dw - turned_dw) / 2))
+        pairs = (*zip(exact, (y.detach(), dx, dw), strict=True), *of_small)
+        row.sqnr[method_name] = tuple(_sqnr(want, got) for want, got in pairs)
+        row.slope[method_name] = tuple(slope(want, got) for want, got in of_small)
     return row
 
 

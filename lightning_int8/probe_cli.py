@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_int8.probe import Method, ProbeResult, probe
+from lightning_int8.probe import Method, ProbeResult, methods, probe
 from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv, write_summary
 
 Step = Callable[[], Tensor]
@@ -37,6 +37,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="linears to leave out (%(default)s)")
     parser.add_argument("--samples", type=int, default=4, help="sequences of the batch (%(default)s)")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence, transformers (%(default)s)")
+    parser.add_argument(
+        "--small",
+        type=float,
+        default=0.5,
+        help="share of the tokens, by ‖dY‖, whose gradients count as small (%(default)s)",
+    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="which to compare; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/probe"), help="folder of the results (%(default)s)")
     arguments = parser.parse_args(argv)
@@ -44,6 +51,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ckpt={arguments.ckpt} does not exist.")
     if arguments.samples < 1 or arguments.length < 1:
         parser.error(f"--samples={arguments.samples} and --length={arguments.length} must be at least 1.")
+    if not 0 < arguments.small < 1:
+        parser.error(f"--small={arguments.small} must lie between 0 and 1.")
     if arguments.ckpt.is_dir():
         if arguments.data is None:
             parser.error("a transformers folder needs --data, a text file or a folder of them.")
@@ -65,12 +74,16 @@ def main(argv: Sequence[str] | None = None, compared: Mapping[str, Method] | Non
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     arguments = parse_arguments(argv)
+    compared = _chosen(methods() if compared is None else compared, arguments.methods)
     model, step = _from_transformers(arguments) if arguments.ckpt.is_dir() else _from_config(arguments)
     # Dropout would differ between the passes that are compared.
     model.eval()
     console = Console()
+    if not console.is_terminal:
+        # A file has no width, and the tables need more than the 80 columns it would get.
+        console.width = 120
     with console.status("Probing …"):
-        result = probe(model, step, compared, ignore_modules=arguments.ignore)
+        result = probe(model, step, compared, ignore_modules=arguments.ignore, small_share=arguments.small)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_csv(result, arguments.output / "probe.csv")
     write_summary(result, arguments.output / "summary.csv")
@@ -79,6 +92,15 @@ def main(argv: Sequence[str] | None = None, compared: Mapping[str, Method] | Non
     console.print(summary_table(result))
     console.print(f"{arguments.output}: probe.csv  summary.csv  probe.png", highlight=False)
     return result
+
+
+def _chosen(compared: Mapping[str, Method], names: Sequence[str] | None) -> Mapping[str, Method]:
+    """Those of ``names``; all when ``None``."""
+    if names is None:
+        return compared
+    if unknown := [name for name in names if name not in compared]:
+        raise SystemExit(f"--methods: unknown {', '.join(unknown)}; there are: {', '.join(compared)}.")
+    return {name: compared[name] for name in names}
 
 
 def _autocast(device: torch.device) -> Any:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 
 import lightning as L
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.llama import Llama, LlamaConfig
 from examples.model import LlamaModule
 from lightning_int8 import convert_to_int8
 from lightning_int8.float8 import float8_linear, round_to_float8
-from lightning_int8.probe import GEMMS, methods, outliers, probe
+from lightning_int8.probe import GEMMS, Method, ProbeResult, methods, outliers, probe
 from lightning_int8.probe_cli import main, parse_arguments
+from lightning_int8.recipe import PRESETS
 
 SMALL = LlamaConfig(vocab_size=384, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=160, max_seq_len=64)
 
@@ -68,6 +70,63 @@ def test_int8_by_rows_beats_fp8_and_blocks_on_bell_shaped_values():
     assert result.kl["row"] < result.kl["float8 rowwise"]
 
 
+def probe_of_one_linear(dy: Tensor, compared: dict[str, Method], width: int = 256) -> ProbeResult:
+    """The probe of one linear whose output has the gradient ``dy [M, N]``."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(width, dy.shape[1], bias=False))
+    x = torch.randn(len(dy), width)
+    return probe(model, lambda: (model(x) * dy).sum(), compared)
+
+
+def test_small_gradients_are_lost_kept_or_kept_on_average():
+    """Every other token's gradient is 1e-4 of its neighbours': below half a step of INT8, well within FP8's range."""
+    torch.manual_seed(0)
+    dy = torch.randn(512, 256)
+    dy[::2] *= 1e-4
+    recipes = {
+        "row": PRESETS["row"],
+        "jetfire": PRESETS["jetfire"],
+        "row, stochastic": dataclasses.replace(PRESETS["row"], stochastic_rounding=True),
+        "block, stochastic": dataclasses.replace(PRESETS["jetfire"], stochastic_rounding=True),
+    }
+    result = probe_of_one_linear(dy, {"exact": F.linear, **methods(recipes)})
+    (row,) = result.linears
+    assert row.small_dy == pytest.approx(2**0.5 * 1e-4, rel=0.01)
+    assert row.small_dw == pytest.approx(1e-4, rel=0.01)
+
+    def small(method: str, name: str) -> tuple[float, float]:
+        return float(result.column(method, name)), float(result.slopes(method, name))
+
+    # What is left of float32's rounding of the large tokens' sums.
+    assert small("exact", "dx_small") == (float("inf"), pytest.approx(1.0, abs=1e-6))
+    assert small("exact", "dw_small") == (pytest.approx(54, abs=3), pytest.approx(1.0, abs=1e-3))
+    assert small("jetfire", "dx_small") == (0.0, 0.0)
+    assert small("jetfire", "dw_small") == (pytest.approx(0.0, abs=0.01), pytest.approx(0.0, abs=0.01))
+    # A scale for each token in the dgrad, one over all tokens in the wgrad. SQNR of all of dW shows nothing.
+    assert small("row", "dx_small") == (pytest.approx(42.5, abs=1), pytest.approx(1.0, abs=1e-3))
+    assert small("row", "dw_small") == (pytest.approx(0.0, abs=0.01), pytest.approx(0.0, abs=0.01))
+    assert result.column("row", "dw") > 38
+    for name in ("dx_small", "dw_small"):
+        assert small("float8 rowwise", name) == (pytest.approx(27, abs=3), pytest.approx(1.0, abs=0.01)), name
+        sqnr, slope = small("block, stochastic", name)
+        assert sqnr < -15, name
+        assert slope == pytest.approx(1.0, abs=0.25), name
+    assert small("row, stochastic", "dw_small")[1] == pytest.approx(1.0, abs=0.25)
+
+
+def test_small_gradients_are_told_from_none():
+    """Tokens without a gradient (padding, masked) do not count; one token alone has no half."""
+    torch.manual_seed(0)
+    dy = torch.randn(64, 32)
+    dy[:40] = 0.0
+    dy[40:52] *= 0.01
+    (row,) = probe_of_one_linear(dy, {"row": methods()["row"]}).linears
+    assert row.small_dy == pytest.approx(2**0.5 * 0.01, rel=0.2)
+    assert row.small_dw == pytest.approx(0.01, rel=0.2)
+    (row,) = probe_of_one_linear(dy[-1:], {"row": methods()["row"]}).linears
+    assert all(math.isnan(value) for value in (row.small_dy, *row.sqnr["row"][3:], *row.slope["row"]))
+
+
 def test_float8_rounding():
     x = torch.tensor([[1.0, 1.03, -448.0], [0.0, 0.0, 0.0]])
     assert round_to_float8(x, torch.float8_e4m3fn, True).tolist() == [[1.0, 1.0, -448.0], [0.0, 0.0, 0.0]]
@@ -105,6 +164,8 @@ def test_what_cannot_be_probed():
     model = Llama(SMALL)
     with pytest.raises(ValueError, match="No nn\\.Linear"):
         probe(model, lambda: loss_of(model), ignore_modules=["layers", "lm_head"])
+    with pytest.raises(ValueError, match="small_share=0"):
+        probe(model, lambda: loss_of(model), small_share=0)
     with torch.no_grad():
         frozen = model.requires_grad_(False)
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -157,11 +218,15 @@ def test_command_on_a_checkpoint(checkpoint, tmp_path, capsys):
     assert len(rows) == 14 * len(methods())
     first = rows[0]
     assert first["linear"] == "model.layers.0.attention.q_proj"
+    assert float(first["slope_dw_small"]) == pytest.approx(result.linears[0].slope[first["method"]][1], abs=1e-4)
     assert float(first["sqnr_y_db"]) == pytest.approx(result.linears[0].sqnr[first["method"]][0], abs=0.01)
     with open(out / "summary.csv", newline="") as lines:
         summary = {row["method"]: row for row in csv.DictReader(lines)}
     worst = min(float(row["sqnr_dw_db"]) for row in rows if row["method"] == "row")
     assert float(summary["row"]["sqnr_dw_db_worst"]) == worst
+    assert float(summary["row"]["slope_dx_small_worst"]) == min(
+        float(row["slope_dx_small"]) for row in rows if row["method"] == "row"
+    )
     assert float(summary["row"]["kl_nats"]) == pytest.approx(result.kl["row"], rel=1e-3)
     assert (out / "probe.png").stat().st_size > 10_000
 
@@ -180,6 +245,10 @@ def test_command_on_a_model_of_transformers(tmp_path, capsys):
     ]  # fmt: skip
     assert result.linears[0].shape == (64, 64, 64)
     assert 0 < result.kl["row"] < result.kl["float8 rowwise"]
+    result = main([str(argument) for argument in [*arguments, "--length", 32, "--methods", "float8 rowwise", "block"]])
+    assert list(result.kl) == ["float8 rowwise", "block"]
+    with pytest.raises(SystemExit, match="unknown blok; there are: row, block"):
+        main([str(argument) for argument in [*arguments, "--methods", "row", "blok"]])
     with pytest.raises(SystemExit, match="fewer than --length=100000"):
         main([str(argument) for argument in [*arguments, "--length", 100_000]])
 
@@ -191,6 +260,7 @@ def test_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys):
         (["--ckpt", file], "--config must name"),
         (["--ckpt", tmp_path], "needs --data"),
         (["--ckpt", file, "--samples", 0], "must be at least 1"),
+        (["--ckpt", file, "--small", 1], "between 0 and 1"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments([str(argument) for argument in arguments])
