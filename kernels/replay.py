@@ -36,7 +36,7 @@ class Replayed:
     """``function(*args)``, which allocates and launches, with less host time from its third call of a kind on.
 
     Args:
-        function: Takes tensors, sequences of tensors, ``None`` and hashable values; returns tensors. What it does may
+        function: Takes tensors, lists of tensors, ``None`` and hashable values; returns tensors. What it does may
             depend on the tensors' contents on the device only, and on nothing that changes beside its arguments.
     """
 
@@ -60,7 +60,7 @@ class Replayed:
             if isinstance(arg, Tensor):
                 addresses.append(address := arg.data_ptr())
                 kinds.append((arg.dtype, arg.get_device(), arg.shape, arg.stride(), address % 16))
-            elif isinstance(arg, list | tuple):
+            elif type(arg) is list:
                 kinds.append(len(arg))
                 for part in arg:
                     addresses.append(address := part.data_ptr())
@@ -86,7 +86,7 @@ class Replayed:
 
 
 def _tensors(arg: Any) -> Sequence[Tensor]:
-    return [arg] if isinstance(arg, Tensor) else arg if isinstance(arg, list | tuple) else ()
+    return [arg] if isinstance(arg, Tensor) else arg if type(arg) is list else ()
 
 
 class _Launch(NamedTuple):
@@ -212,18 +212,20 @@ class _Watch(TorchDispatchMode):
             self.whole = False
             return
         # No hooks: see `Replayed`.
-        head = [compiled.function, compiled.packed_metadata, None, None, None]
+        arguments = [compiled.function, compiled.packed_metadata, None, None, None, *arguments]
         addresses, descriptors = [], []
-        for at, value in enumerate(arguments, len(head)):
-            if isinstance(value, Tensor) and value.numel() == 0:
-                arguments[at - len(head)] = 0
-            elif isinstance(value, Tensor):
-                addresses.append((at, *self._place(value)))
+        for at, value in enumerate(arguments):
+            # No tensor is kept: its memory would be too.
+            if isinstance(value, Tensor):
+                arguments[at] = 0  # of an empty one
+                if value.numel() > 0:
+                    addresses.append((at, *self._place(value)))
             elif hasattr(value, "block_shape"):
+                arguments[at] = None
                 tf32 = getattr(value, "round_f32_to_tf32", False)
                 rest = tuple(value.shape), tuple(value.strides), value.padding, tf32
                 descriptors.append((at, *self._place(value.base), rest))
-        self.launches.append(_Launch(compiled, grid, head + arguments, addresses, descriptors))
+        self.launches.append(_Launch(compiled, grid, arguments, addresses, descriptors))
 
     def _place(self, tensor: Tensor) -> tuple[int, int]:
         """The number of the tensor in which ``tensor`` begins, and how many bytes in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 import pytest
@@ -145,6 +146,17 @@ def test_nor_one_that_returns_its_argument(kernel):
     repeated = Replayed(lambda x: x)
     x = torch.randn(3)
     assert all(repeated(x) is x for _ in range(4))
+
+
+def test_no_tensor_is_kept(kernel, doubled_thrice):
+    # CUDA graphs of PyTorch's count every tensor that lives in their memory.
+    alive = []
+    for _ in range(4):
+        x = torch.randn(4, 5)
+        alive += [weakref.ref(x), *map(weakref.ref, doubled_thrice(x, 2))]
+    del x
+    assert len(kernel.repeated) == 2 * 4
+    assert not [tensor for tensor in alive if tensor() is not None]
 
 
 def test_empty_tensors_and_sequences(kernel):
