@@ -91,20 +91,18 @@ VARIANTS = {
     "sorted, groups of 256": Levers(group=256, sort=True),
     "dither": Levers(dither=True),
     "Hadamard over 128": Levers(hadamard=128),
-    "Hadamard over 128, no fallback": Levers(rate_x=0, rate_dy=0, hadamard=128),
+    **{
+        f"Hadamard over {tokens}, no fallback": Levers(rate_x=0, rate_dy=0, hadamard=tokens)
+        for tokens in (16, 32, 64, 128)
+    },
     **{f"dW {name}": Levers(rounding_dw=name) for name in ROUNDINGS if name != "nearest"},
     "dX stochastic, dW stochastic": Levers(rounding_dx="stochastic", rounding_dw="stochastic"),
     "dX stochastic below 1": Levers(rounding_dx="stochastic below 1"),
     "centered": Levers(center=True),
     **{
-        f"dW {name}, centered": Levers(rounding_dw=name, center=True)
-        for name in ("stochastic below 1", "diffused", "diffused below 1")
-    },
-    **{
         f"dW {name}, groups of 1024": Levers(rounding_dw=name, group=1024)
-        for name in ("stochastic", "stochastic below 1", "diffused")
+        for name in ("stochastic", "stochastic below 1", "diffused", "diffused below 1")
     },
-    "dW diffused below 1, centered, groups of 512": Levers(rounding_dw="diffused below 1", center=True, group=512),
 }
 
 

@@ -64,7 +64,6 @@ ROUNDINGS: dict[str, Rounding] = {
     "nearest": nearest,
     "stochastic": stochastic,
     "stochastic below 1": partial(below, 1.0, stochastic),
-    "stochastic below 0.5": partial(below, 0.5, stochastic),
     "diffused": diffused,
     "diffused below 1": partial(below, 1.0, diffused),
 }
