@@ -266,11 +266,11 @@ class _Watch(TorchDispatchMode):
             made=[(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in results],
             workspace=workspace,
             launches=[
-                launch._replace(
-                    addresses=[moved(*place) for place in launch.addresses],
-                    descriptors=[moved(*place) for place in launch.descriptors],
+                noted._replace(
+                    addresses=[moved(*place) for place in noted.addresses],
+                    descriptors=[moved(*place) for place in noted.descriptors],
                 )
-                for launch in self.launches
+                for noted in self.launches
             ],
             single=isinstance(result, Tensor),
         ).written()

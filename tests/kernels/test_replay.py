@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -196,6 +197,37 @@ def test_launches_are_noted_and_profiled_as_without_it(kernel, doubled_thrice):
         knobs.runtime.launch_enter_hook.remove(hook)
     assert len(kernel.bound) == 3 * 4
     assert len(kernel.repeated) == 4
+
+
+def test_launches_go_to_the_device_of_the_tensors_and_its_stream(monkeypatch):
+    current, streams = [0], []
+
+    @contextmanager
+    def switched(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Compiled:
+        def run(self, x, y, z, stream, *arguments):
+            streams.append((current[0], stream, *arguments))
+
+    def empty(size, strides, dtype):
+        assert current[0] == 1  # allocations go to the current device, too
+        return torch.empty_strided(size, strides, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
+    monkeypatch.setitem(replay._EMPTY, "cuda", empty)
+    launches = [replay._Launch(Compiled(), (1, 1, 1), [None, 5], [(0, 0, 12)], [])]
+    made = [((3,), (1,), torch.float32)]
+    run = replay._Program(torch.device("cuda", 1), 1, made, 64, launches, single=True).written()
+    for before in (0, 1):
+        current[0] = before
+        assert run(1000).shape == (3,)
+        assert current[0] == before
+    assert streams == [(1, 101, 1012, 5)] * 2
 
 
 def test_a_failed_call_is_not_repeated(kernel):
