@@ -90,6 +90,7 @@ VARIANTS = {
     "sorted, groups of 1024": Levers(group=1024, sort=True),
     "sorted, groups of 256": Levers(group=256, sort=True),
     "dither": Levers(dither=True),
+    "dither, groups of 1024": Levers(dither=True, group=1024),
     "Hadamard over 128": Levers(hadamard=128),
     **{
         f"Hadamard over {tokens}, no fallback": Levers(rate_x=0, rate_dy=0, hadamard=tokens)
