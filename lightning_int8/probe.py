@@ -2,8 +2,8 @@
 
 A forward and backward in the model's own precision gives every linear its X and dY; right there, each method computes
 Y, dX and dW again from them, and is compared with float32; dX and dW also as far as small gradients make them
-(:mod:`lightning_int8.probe_small`). A second forward a method, with all linears replaced, gives the divergence of the
-model's predictions.
+(:mod:`lightning_int8.probe_small`). A forward and backward a method, with all linears replaced, gives the divergence of
+the model's predictions and what small gradients come to in a whole network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_int8.functional import int8_linear
 from lightning_int8.kernels.reference import block_amax
 from lightning_int8.linear import Int8Linear, is_plain_linear
 from lightning_int8.names import matches, strip_wrappers
-from lightning_int8.probe_small import SmallTokens, slope
+from lightning_int8.probe_small import SmallPredictions, SmallTokens, slope
 from lightning_int8.recipe import NO_FALLBACK, PRESETS, Int8Recipe
 
 Method = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -85,6 +85,8 @@ class LinearProbe:
         sqnr: By method, the SQNR against float32 of Y, dX and dW, and of what small gradients make of dX and dW, in dB
             (NaN where an operand is all zeros).
         slope: By method, how much of dX and dW of small gradients is kept, on average: 1 all, 0 nothing.
+        kept: By method, how much of dW of small gradients is kept when they come through a network of this method
+            (NaN where the weight is frozen).
     """
 
     name: str
@@ -95,6 +97,7 @@ class LinearProbe:
     small_dw: float
     sqnr: dict[str, tuple[float, ...]] = field(default_factory=dict)
     slope: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,6 +123,10 @@ class ProbeResult:
         """Slope of one of ``SMALL`` in all linears, float64 ``[linears]``."""
         index = SMALL.index(quantity)
         return torch.tensor([row.slope[method][index] for row in self.linears], dtype=torch.float64)
+
+    def kept(self, method: str) -> Tensor:
+        """``kept`` of all linears, float64 ``[linears]``."""
+        return torch.tensor([row.kept[method] for row in self.linears], dtype=torch.float64)
 
 
 def probe(
@@ -148,20 +155,29 @@ def probe(
     compared = methods() if compared is None else compared
     linears = _linears(model, ignore_modules)
     found: dict[str, LinearProbe] = {}
-    with _predictions(model) as predictions:
-        measure = partial(_measure, compared=compared, block_size=block_size, small_share=small_share)
-        with _hooks(linears, partial(_measure_later, found, measure)):
-            step().backward()
-        model.zero_grad(set_to_none=True)
-        full = predictions[-1]
-        kl, top1 = {}, {}
-        for method_name, method in compared.items():
-            with torch.no_grad(), _hooks(linears, lambda _, linear, x, y, m=method: m(x, linear.weight, linear.bias)):
-                step()
-            kl[method_name], top1[method_name] = _divergence(full, predictions[-1])
-    rows = [found[name] for name in linears if name in found]
-    if not rows:
+    measure = partial(_measure, compared=compared, block_size=block_size, small_share=small_share)
+    with _hooks(linears, partial(_measure_later, found, measure)):
+        step().backward()
+    model.zero_grad(set_to_none=True)
+    if not found:
         raise ValueError(f"No gradient reached any of the {len(linears)} linears: does the step train the model?")
+    trained = [name for name in found if linears[name].weight.requires_grad]
+    weights = [linears[name].weight for name in trained]
+    with _predictions(model) as predictions:
+        small = SmallPredictions.of(small_share, step(), predictions[-1], weights)
+    full = predictions[-1].detach()
+    kl, top1 = {}, {}
+    for method_name, method in compared.items():
+        with (
+            _hooks(linears, lambda _, linear, x, y, m=method: m(x, linear.weight, linear.bias)),
+            _predictions(model) as predictions,
+        ):
+            slopes = small.slopes(step(), predictions[-1], weights)
+        kl[method_name], top1[method_name] = _divergence(full, predictions[-1].detach())
+        kept = dict(zip(trained, slopes, strict=True))
+        for name, row in found.items():
+            row.kept[method_name] = kept.get(name, float("nan"))
+    rows = [found[name] for name in linears if name in found]
     return ProbeResult(rows, kl, top1)
 
 
@@ -198,7 +214,7 @@ def _predictions(model: nn.Module) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, y: Tensor) -> None:
-        outputs[:] = [y.detach()]
+        outputs[:] = [y]
 
     handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, nn.Linear)]
     try:

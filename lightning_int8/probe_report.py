@@ -19,7 +19,8 @@ _TITLES = {"y": "Y", "dx": "dX", "dw": "dW", "dx_small": "dX small", "dw_small":
 def summary_table(result: ProbeResult) -> Table:
     """One row a method: median and worst SQNR of the linears, and what it does to the predictions.
 
-    "small": of the tokens with the smallest gradients, where 0 dB says that these are lost.
+    "small": of the tokens with the smallest gradients, where 0 dB says that these are lost. "small kept": how much of
+    them arrives at the weights of a whole network, 1 all, 0 nothing.
     """
     from rich import box
     from rich.table import Table
@@ -32,10 +33,12 @@ def summary_table(result: ProbeResult) -> Table:
     table.add_column("method")
     for quantity in _TITLES:
         table.add_column(_TITLES[quantity], justify="right", no_wrap=True)
+    table.add_column("small kept", justify="right", no_wrap=True)
     table.add_column("KL (nats)", justify="right", no_wrap=True)
     table.add_column("same top-1", justify="right")
     for method in sorted(result.kl, key=lambda name: result.kl[name]):
         cells = [f"{median:.1f}/{worst:.1f}" if median == median else "–" for median, worst in _summary(result, method)]
+        cells.append("/".join(f"{value:.2f}" for value in _median_and_worst(result.kept(method))))
         table.add_row(method, *cells, f"{result.kl[method]:.2e}", f"{result.top1[method]:.2%}")
     return table
 
@@ -57,10 +60,12 @@ def write_summary(result: ProbeResult, path: str | Path) -> None:
         writer = csv.writer(file)
         heads = [f"sqnr_{quantity}_db_{which}" for quantity in _TITLES for which in ("median", "worst")]
         heads += [f"slope_{quantity}_{which}" for quantity in SMALL for which in ("median", "worst")]
+        heads += ["small_kept_median", "small_kept_worst"]
         writer.writerow(["method", *heads, "kl_nats", "same_top1"])
         for method in result.kl:
             cells = [f"{value:.2f}" for pair in _summary(result, method) for value in pair]
             slopes = [_median_and_worst(result.slopes(method, quantity)) for quantity in SMALL]
+            slopes.append(_median_and_worst(result.kept(method)))
             cells += [f"{value:.4f}" for pair in slopes for value in pair]
             writer.writerow([method, *cells, f"{result.kl[method]:.4e}", f"{result.top1[method]:.5f}"])
 
@@ -94,12 +99,14 @@ def write_csv(result: ProbeResult, path: str | Path) -> None:
             *(f"sqnr_{quantity}_db" for quantity in _TITLES),
             *(f"slope_{quantity}" for quantity in SMALL),
         ]
+        heads.append("small_kept")
         writer.writerow(heads)
         for row in result.linears:
             outliers = [f"{row.x.ratio:.3f}", row.x.kind, f"{row.dy.ratio:.3f}", row.dy.kind]
             small = [f"{row.small_dy:.3e}", f"{row.small_dw:.3e}"]
             for method, values in row.sqnr.items():
-                cells = [*(f"{value:.2f}" for value in values), *(f"{value:.4f}" for value in row.slope[method])]
+                slopes = (*row.slope[method], row.kept[method])
+                cells = [*(f"{value:.2f}" for value in values), *(f"{value:.4f}" for value in slopes)]
                 writer.writerow([row.name, *row.shape, *outliers, *small, method, *cells])
 
 

@@ -10,12 +10,17 @@ tokens is half of ``dW(dY) - dW(dY with the small tokens' signs turned)``. AbsMa
 the same scales, fallback blocks and noise of rounding, and what the large tokens add, errors included, cancels.
 (Zeros instead of turned signs would change the scale wherever a small token has a feature's largest element.)
 Stochastic rounding rounds the two runs opposite ways from the same noise, so its SQNR reads up to 3 dB too high.
+
+What one linear loses the next never gets, so the same is asked of the whole network: of the tokens whose predictions
+have the smallest gradients, how much arrives at the weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -40,17 +45,67 @@ class SmallTokens:
     @classmethod
     def of(cls, share: float, x: Tensor, dy: Tensor, dx: Tensor, dw: Tensor) -> SmallTokens:
         """A ``share`` of the tokens, from X ``[M, K]``, dY ``[M, N]`` and exact dX and dW, all float32."""
-        norms = dy.double().norm(dim=1)
-        order = norms.argsort()
-        order = order[norms[order] > 0]
-        rows = order[: int(share * len(order))]
+        rows = _smallest(dy, share)
         part = dy[rows].t() @ x[rows]
-        ratio = norms[rows].square().mean().sqrt() / norms[order].square().mean().sqrt()
+        norms = dy.double().norm(dim=1)
+        ratio = norms[rows].square().mean().sqrt() / norms[norms > 0].square().mean().sqrt()
         return cls(rows, float(ratio), dx[rows], part, float(part.norm() / dw.norm()))
 
     def turned(self, dy: Tensor) -> Tensor:
         """``dy [M, N]`` with the signs of these tokens turned."""
-        return dy.index_copy(0, self.rows, -dy[self.rows])
+        return _turned(dy, self.rows)
+
+
+@dataclass(frozen=True)
+class SmallPredictions:
+    """The tokens whose predictions have the smallest gradients, in a whole network.
+
+    Attributes:
+        rows: Their indices among all positions, int64 ``[S]``.
+        dw: What they add to the exact gradient of each weight; ``None`` for a weight that they do not reach.
+    """
+
+    rows: Tensor
+    dw: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, share: float, loss: Tensor, predictions: Tensor, weights: Sequence[Tensor]) -> SmallPredictions:
+        """A ``share`` of the tokens, from the graph of ``loss`` over ``predictions [..., C]`` over ``weights``."""
+        (gradient,) = torch.autograd.grad(loss, predictions, retain_graph=True)
+        rows = _smallest(gradient.flatten(0, -2), share)
+        part = torch.zeros_like(gradient)
+        part.flatten(0, -2)[rows] = gradient.flatten(0, -2)[rows]
+        return cls(rows, _gradients(predictions, weights, part))
+
+    def slopes(self, loss: Tensor, predictions: Tensor, weights: Sequence[Tensor]) -> list[float]:
+        """How much of ``dw`` another graph of the same network keeps, by weight: see :func:`slope`."""
+        (gradient,) = torch.autograd.grad(loss, predictions, retain_graph=True)
+        turned = _turned(gradient.flatten(0, -2), self.rows).view_as(gradient)
+        whole = _gradients(predictions, weights, gradient)
+        other = _gradients(predictions, weights, turned)
+        return [
+            float("nan") if want is None or a is None or b is None else slope(want, (a - b) / 2)
+            for want, a, b in zip(self.dw, whole, other, strict=True)
+        ]
+
+
+def _gradients(predictions: Tensor, weights: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the weights; none of none, which autograd refuses."""
+    if not weights:
+        return ()
+    return torch.autograd.grad(predictions, weights, gradient, retain_graph=True, allow_unused=True)
+
+
+def _smallest(dy: Tensor, share: float) -> Tensor:
+    """Which rows of ``dy [M, N]`` are the smallest, those of zeros left out: int64 ``[S]``."""
+    norms = dy.double().norm(dim=1)
+    order = norms.argsort()
+    order = order[norms[order] > 0]
+    return order[: int(share * len(order))]
+
+
+def _turned(dy: Tensor, rows: Tensor) -> Tensor:
+    return dy.index_copy(0, rows, -dy[rows])
 
 
 def slope(want: Tensor, got: Tensor) -> float:

@@ -114,6 +114,47 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
     assert small("row, stochastic", "dw_small")[1] == pytest.approx(1.0, abs=0.25)
 
 
+def test_small_gradients_through_a_network():
+    """Two linears each halve what they get of small gradients: a quarter arrives at the first, a half at the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32, bias=False))
+    x, dy = torch.randn(128, 64), torch.randn(128, 32)
+    dy[::2] *= 1e-3
+    torch.nn.init.orthogonal_(model[1].weight)
+
+    class Halves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return torch.where(dy.norm(dim=1, keepdim=True) < 0.1, dy / 2, dy)
+
+    def halving(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return Halves.apply(F.linear(x, weight, bias))
+
+    result = probe(model, lambda: (model(x) * dy).sum(), {"exact": F.linear, "halving": halving}, ["2"])
+    assert [row.name for row in result.linears] == ["0", "1"]
+    torch.testing.assert_close(result.kept("exact"), torch.ones(2).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(result.kept("halving"), torch.tensor([0.25, 0.5]).double(), rtol=0, atol=1e-3)
+
+
+def test_frozen_weights_are_probed():
+    """As under LoRA: what they would get is measured in each linear, but nothing arrives at them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32))
+    model[1].requires_grad_(False)
+    x, dy = torch.randn(128, 64), torch.randn(128, 32)
+    result = probe(model, lambda: (model(x) * dy).sum(), {"row": methods()["row"]})
+    assert result.kept("row").isnan().tolist() == [False, True, False]
+    assert result.column("row", "dw").min() > 30
+    model.requires_grad_(False)
+    x.requires_grad_()
+    result = probe(model, lambda: (model(x) * dy).sum(), {"row": methods()["row"]})
+    assert result.kept("row").isnan().all()
+
+
 def test_small_gradients_are_told_from_none():
     """Tokens without a gradient (padding, masked) do not count; one token alone has no half."""
     torch.manual_seed(0)
@@ -224,6 +265,9 @@ def test_command_on_a_checkpoint(checkpoint, tmp_path, capsys):
         summary = {row["method"]: row for row in csv.DictReader(lines)}
     worst = min(float(row["sqnr_dw_db"]) for row in rows if row["method"] == "row")
     assert float(summary["row"]["sqnr_dw_db_worst"]) == worst
+    assert float(summary["row"]["small_kept_worst"]) == min(
+        float(row["small_kept"]) for row in rows if row["method"] == "row"
+    )
     assert float(summary["row"]["slope_dx_small_worst"]) == min(
         float(row["slope_dx_small"]) for row in rows if row["method"] == "row"
     )
