@@ -47,7 +47,7 @@ class SmallTokens:
         """A ``share`` of the tokens, from X ``[M, K]``, dY ``[M, N]`` and exact dX and dW, all float32."""
         rows = _smallest(dy, share)
         part = dy[rows].t() @ x[rows]
-        norms = dy.double().norm(dim=1)
+        norms = _norms(dy)
         ratio = norms[rows].square().mean().sqrt() / norms[norms > 0].square().mean().sqrt()
         return cls(rows, float(ratio), dx[rows], part, float(part.norm() / dw.norm()))
 
@@ -72,10 +72,10 @@ class SmallPredictions:
     def of(cls, share: float, loss: Tensor, predictions: Tensor, weights: Sequence[Tensor]) -> SmallPredictions:
         """A ``share`` of the tokens, from the graph of ``loss`` over ``predictions [..., C]`` over ``weights``."""
         (gradient,) = torch.autograd.grad(loss, predictions, retain_graph=True)
-        rows = _smallest(gradient.flatten(0, -2), share)
-        part = torch.zeros_like(gradient)
-        part.flatten(0, -2)[rows] = gradient.flatten(0, -2)[rows]
-        return cls(rows, _gradients(predictions, weights, part))
+        flat = gradient.flatten(0, -2)
+        rows = _smallest(flat, share)
+        part = torch.zeros_like(flat).index_copy(0, rows, flat[rows])
+        return cls(rows, _gradients(predictions, weights, part.view_as(gradient)))
 
     def slopes(self, loss: Tensor, predictions: Tensor, weights: Sequence[Tensor]) -> list[float]:
         """How much of ``dw`` another graph of the same network keeps, by weight: see :func:`slope`."""
@@ -98,10 +98,15 @@ def _gradients(predictions: Tensor, weights: Sequence[Tensor], gradient: Tensor)
 
 def _smallest(dy: Tensor, share: float) -> Tensor:
     """Which rows of ``dy [M, N]`` are the smallest, those of zeros left out: int64 ``[S]``."""
-    norms = dy.double().norm(dim=1)
+    norms = _norms(dy)
     order = norms.argsort()
     order = order[norms[order] > 0]
     return order[: int(share * len(order))]
+
+
+def _norms(dy: Tensor) -> Tensor:
+    """Float64, as squares of small gradients may vanish; a few rows at a time, as those of predictions are long."""
+    return torch.cat([part.double().norm(dim=1) for part in dy.split(1024)])
 
 
 def _turned(dy: Tensor, rows: Tensor) -> Tensor:
