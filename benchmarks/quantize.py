@@ -73,7 +73,7 @@ class Case:
         m *= 127
         self.run: Callable[[], Sequence[torch.Tensor]]
         out: Sequence[torch.Tensor]
-        stochastic = op.endswith("stochastic")
+        stochastic = "all" if op.endswith("stochastic") else "wgrad" if op.endswith("wgrad") else "nothing"
         reads = 2 * x.nbytes
         gradient_partial = 4 * (2 * rows * blocks_along(columns, block) + 2 * columns * blocks_along(rows, block))
         if op == "swiglu":
@@ -94,7 +94,7 @@ class Case:
                     plane
                     for i, (dy, states) in enumerate(((dgate, state), (dup, other)))
                     for plane in quantize_gradient.quantize_row_gradient(
-                        dy, t, s, m, states, rate, capacity, block, True, False, False, [part[i] for part in found]
+                        dy, t, s, m, states, rate, capacity, block, True, "nothing", False, [part[i] for part in found]
                     )
                 ]
 
@@ -118,7 +118,9 @@ class Case:
             fallen = int((out[4] >= 0).sum()) * (2 if transpose else 1)
             partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
         else:
-            self.run = lambda: quantize.quantize_block(x, state, 0, rate, capacity, block, True, True, stochastic)
+            self.run = lambda: quantize.quantize_block(
+                x, state, 0, rate, capacity, block, True, True, stochastic == "all"
+            )
             out = self.run()
             fallen, partial = int((out[4] >= 0).sum()) * 2, 0
         written = sum(t.nbytes for t in out if t.dim() != 3) + fallen * block * block
@@ -143,7 +145,8 @@ def main() -> None:
         for block in arguments.blocks:
             for op, rate in (
                 ("row", arguments.rate), ("row", 0.0), ("row, one layout", 0.0), ("gradient", arguments.rate),
-                ("gradient, stochastic", arguments.rate), ("block", arguments.rate), ("block, stochastic", 0.2),
+                ("gradient, stochastic", arguments.rate), ("gradient, stochastic wgrad", arguments.rate),
+                ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)

@@ -24,10 +24,11 @@ def _mix(h):
 
 
 @triton.jit
-def uniform(row, column, i, j, columns, seed):
-    """See `rounding.uniform`, at the rows ``row + i`` and columns ``column + j``."""
-    index = row.to(tl.int64) * columns + column + (i * columns + j)
-    h = _mix(_mix(index.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True)) ^ (index >> 32).to(tl.uint32))
+def uniform(i, j, seed):
+    """See `rounding.uniform`, at the rows ``i`` and columns ``j``, one of them ``[n, 1]`` and the other ``[1, n]``."""
+    row = _mix(i.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True))
+    h = (row ^ (j.to(tl.uint32) * 0x9E3779B1)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
     return (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
 
 
@@ -218,7 +219,7 @@ def gradient_planes(
             slot = tl.load(a_slot + row_block * tl.cdiv(columns, B) + column_block)
         noise = None
         if a_seed is not None:
-            noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(a_seed))
+            noise = uniform(r[:, None], c[None, :], tl.load(a_seed))
         factor = tl.load(a_inverse + r, mask=r < rows, other=1.0)
         v = (tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]) * factor[:, None]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[:, None])
@@ -235,7 +236,7 @@ def gradient_planes(
             slot = tl.load(g_slot + column_block * tl.cdiv(rows, B) + row_block)
         noise = None
         if g_seed is not None:
-            noise = uniform(column, row, j[None, :], i[:, None], rows, tl.load(g_seed))
+            noise = uniform(c[None, :], r[:, None], tl.load(g_seed))
         factor = tl.load(g_inverse + row_block // group_blocks * columns + c, mask=c < columns, other=1.0)
         v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
@@ -280,7 +281,7 @@ def block_planes(
     bits = _integer_bits(v, None, None, mask)
     noise = None
     if seed is not None:
-        noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(seed))
+        noise = uniform((row + i)[:, None], (column + j)[None, :], tl.load(seed))
         # Of a fallback block, the residuals carry the noise.
         bits = tl.where(block_slot >= 0, bits, _integer_bits(v, noise, 127.0, mask))
     _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)

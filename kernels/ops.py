@@ -99,7 +99,7 @@ def quantize_row_gradient(
     capacity: int,
     block: int,
     update: bool,
-    stochastic: bool,
+    stochastic: str,
     bias: bool,
     backend: str,
     statistics: Sequence[Tensor],

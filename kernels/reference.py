@@ -288,7 +288,7 @@ def quantize_row_gradient(
     capacity: int,
     block: int,
     update: bool,
-    stochastic: bool,
+    stochastic: str,
     bias: bool,
     statistics: Sequence[Tensor] = (),
     group_blocks: int = 0,
@@ -308,7 +308,8 @@ def quantize_row_gradient(
         capacity: Most blocks of each that may fall back; 0 turns fallback off.
         update: Whether ``state`` may change.
         block: Block edge ``B``.
-        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        stochastic: What to round stochastically (:mod:`lightning_int8.kernels.rounding`): ``"nothing"``, G alone
+            (``"wgrad"``) or ``"all"``.
         bias: Whether the bias gradient is wanted.
         statistics: What a kernel has found of ``dy`` before; not needed here.
         group_blocks: So many blocks along the tokens share G's scales, one a row for each of ``ceil(MB /
@@ -328,7 +329,8 @@ def quantize_row_gradient(
         value = dy * fold[None, :] if operand == 1 else (dy * fold[:, None]).t().contiguous()
         amax = block_amax(value, block)
         mask = fallback_mask(amax, state, operand, seed_rate, capacity, update)
-        noise = uniform(*value.shape, data_seed(amax), value.device) if stochastic else None
+        random = stochastic == "all" or (operand == 2 and stochastic == "wgrad")
+        noise = uniform(*value.shape, data_seed(amax), value.device) if random else None
         other_max = None if operand == 1 else input_int_max
         groups = 0 if operand == 1 else group_blocks
         low, high, slot, scale, _ = _row_planes(value, mask, capacity, block, other_max, noise, False, groups)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 Scaling = Literal["row", "block", "vector"]
 Backend = Literal["auto", "reference", "triton", "hopper"]
 RecomputeSwiGLU = Literal["nothing", "planes", "all"]
+StochasticRounding = Literal["nothing", "wgrad", "all"]
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -60,7 +61,11 @@ class Int8Recipe:
             stays in its band.
         threshold_factor: Factor by which a threshold moves after a step whose rate left its band; above 1
             (1.3 in arXiv 2503.08040).
-        stochastic_rounding: Round dY stochastically (unbiased, 2 to 3 dB more noise) instead of to nearest.
+        stochastic_rounding: Where dY is rounded stochastically instead of to nearest: unbiased, with 2 to 3 dB more
+            noise. The gradients of tokens that a model predicts well are a thousandth of others', and to nearest most
+            of them become zeros. ``"wgrad"``: in the wgrad's operand, whose scales span many tokens; not with
+            ``scaling="block"``, where dgrad and wgrad share one. ``"all"``: in the dgrad's too. ``"vector"`` has
+            ``"nothing"`` alone.
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
@@ -91,7 +96,7 @@ class Int8Recipe:
     gradient_band: tuple[float, float] = (0.1, 0.3)
     budget: float | None = None
     threshold_factor: float = 1.3
-    stochastic_rounding: bool = False
+    stochastic_rounding: StochasticRounding = "nothing"
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
@@ -105,7 +110,8 @@ class Int8Recipe:
         _check_choice("scaling", self.scaling, get_args(Scaling))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("recompute_swiglu", self.recompute_swiglu, get_args(RecomputeSwiGLU))
-        for name in ("stochastic_rounding", "forward", "dgrad", "wgrad", "fuse_swiglu"):
+        self._check_rounding()
+        for name in ("forward", "dgrad", "wgrad", "fuse_swiglu"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
@@ -145,6 +151,22 @@ class Int8Recipe:
             raise ValueError(
                 "Int8Recipe(scaling='vector') has no block fallback: set activation_band and gradient_band to (0, 0), "
                 "or use scaling='row' or 'block'."
+            )
+
+    def _check_rounding(self) -> None:
+        if isinstance(self.stochastic_rounding, bool):
+            raise TypeError(
+                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} must be 'nothing', 'wgrad' or 'all'; "
+                "True was what 'all' is now."
+            )
+        _check_choice("stochastic_rounding", self.stochastic_rounding, get_args(StochasticRounding))
+        allowed = {"row": ("nothing", "wgrad", "all"), "block": ("nothing", "all"), "vector": ("nothing",)}[
+            self.scaling
+        ]
+        if self.stochastic_rounding not in allowed:
+            raise ValueError(
+                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} with scaling={self.scaling!r}: it must "
+                f"be one of {', '.join(map(repr, allowed))}."
             )
 
     def _check_budget(self) -> None:

@@ -290,7 +290,7 @@ class BlockScheme(_BlockFallback):
             self.block,
             update,
             saved is not None,
-            self.recipe.stochastic_rounding,
+            self.recipe.stochastic_rounding == "all",
             backend,
         )
         wgrad = input_transposed = None

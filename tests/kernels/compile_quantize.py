@@ -28,7 +28,9 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, tra
     quantize.transposed_integers(x, torch.empty(rows), block)
     quantize.transposed_integers(x, torch.empty(-(-rows // block), -(-columns // block)), block)
     s, t = torch.empty(rows), torch.empty(columns)
-    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
+    quantize_gradient.quantize_row_gradient(
+        x, t, s, s, state, 0.2, capacity, block, True, "all" if stochastic else "nothing", True
+    )
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
         slot = torch.empty(-(-rows // block), -(-columns // block), dtype=torch.int32)
@@ -42,7 +44,7 @@ def launch_many_blocks(block: int, rows: int, columns: int) -> None:
     state, s, t = torch.zeros(3, 4), torch.empty(rows * block), torch.empty(columns * block)
     quantize.quantize_row(x, state, 0, 0.2, 5, block, True, False)
     quantize.quantize_block(x, state, 0, 0.2, 5, block, True, False, True)
-    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, 5, block, True, True, True)
+    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, 5, block, True, "all", True)
 
 
 def main(capabilities: list[int]) -> int:

@@ -158,8 +158,13 @@ else:
             assert_close("state", state, device_state, EXACT)
 
     @EXAMPLES
-    @given(cases, st.booleans(), st.sampled_from(("both", "dgrad", "wgrad", "neither")), st.booleans())
-    @example(ATTACK, True, "both", True)
+    @given(
+        cases,
+        st.sampled_from(("nothing", "wgrad", "all")),
+        st.sampled_from(("both", "dgrad", "wgrad", "neither")),
+        st.booleans(),
+    )
+    @example(ATTACK, "all", "both", True)
     def test_quantize_row_gradient(case, stochastic, wanted_operands, bias):
         dy, device = tensor(**case)
         state, device_state = states(case)
@@ -174,14 +179,14 @@ else:
         got = quantize_row_gradient(device, *folds, device_state, *rest)
         assert [(v.shape, v.dtype) for v in got] == [(v.shape, v.dtype) for v in wanted]
         for name, fold, part, value in (
-            ("A", t, slice(0, 4), dy * t if t is not None else None),
-            ("G", s, slice(4, 8), (dy * s[:, None]).t() if s is not None else None),
+            ("dgrad", t, slice(0, 4), dy * t if t is not None else None),
+            ("wgrad", s, slice(4, 8), (dy * s[:, None]).t() if s is not None else None),
         ):
             if fold is not None:
                 noise = None
-                if stochastic:
+                if stochastic == "all" or stochastic == name == "wgrad":
                     noise = uniform(*value.shape, data_seed(reference.block_amax(value, block)), value.device)
-                other_max = m if name == "G" else None
+                other_max = m if name == "wgrad" else None
                 check_row_operand(name, value, wanted[part], got[part], block, other_max, False, noise)
         if case["kind"] not in ("non-finite", "largest"):
             assert_close("dbias", dy.double().sum(0), got[8], 90) if bias else None
@@ -192,7 +197,7 @@ else:
     def test_groups_of_blocks_have_scales_of_their_own(rows, group_blocks):
         dy, device = tensor(rows, 70, torch.float32, "outliers", "contiguous")
         t, s, m = torch.rand(70), torch.rand(rows), torch.full((rows,), 127.0)
-        rest = None, 0.2, 9, 32, False, False, True, (), group_blocks
+        rest = None, 0.2, 9, 32, False, "nothing", True, (), group_blocks
         wanted = reference.quantize_row_gradient(dy, t, s, m, *rest)
         got = quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest)
         assert wanted[7].shape == (-(-blocks_along(rows, 32) // group_blocks), 70)
@@ -244,8 +249,8 @@ else:
                 quantize.quantize_row(device, None, 0, *rest[1:], True),
             ),
             (
-                reference.quantize_row_gradient(x, t, s, m, *rest, True, False),
-                quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest, True, False),
+                reference.quantize_row_gradient(x, t, s, m, *rest, "all", False),
+                quantize_row_gradient(device, t.to(DEVICE), s.to(DEVICE), m.to(DEVICE), *rest, "all", False),
             ),
         ):
             for i, (wanted, got) in enumerate(zip(a, b, strict=True)):
@@ -332,7 +337,7 @@ else:
             assert (scale == MIN_SCALE).all()
             assert (int_max == 0).all()
             s, t = torch.ones(rows, device=DEVICE), torch.ones(columns, device=DEVICE)
-            out = quantize_row_gradient(x, t, s, s, None, 0.2, 1, 32, True, False, True)
+            out = quantize_row_gradient(x, t, s, s, None, 0.2, 1, 32, True, "nothing", True)
             assert_close("dbias", torch.zeros(columns), out[8], EXACT)
             assert quantize.quantize_block(x, None, 0, 0.2, 0, 32, True, True, False)[5].numel() == 0
 

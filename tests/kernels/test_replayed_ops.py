@@ -161,7 +161,7 @@ else:
 
     @pytest.mark.parametrize("backend", NATIVE)
     @pytest.mark.parametrize(
-        ("stochastic", "bias", "group_blocks"), [(False, True, 0), (True, False, 0), (False, False, 1)]
+        ("stochastic", "bias", "group_blocks"), [("nothing", True, 0), ("all", False, 0), ("wgrad", False, 1)]
     )
     def test_quantize_row_gradient(backend, stochastic, bias, group_blocks):
         def arguments(seed):
