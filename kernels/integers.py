@@ -45,6 +45,12 @@ def _integer_bits(v, noise, limit, mask):
 
 
 @triton.jit
+def _round_small(v, noise):
+    """``v``, but what is below one step rounded up or down at random, so that its mean stays."""
+    return tl.where(tl.abs(v) < 1.0, tl.floor(v + noise), v)
+
+
+@triton.jit
 def _finite_mask(inverse):
     """-1, or 0 where the scale carries NaN or an infinity: the integers under it are defined to be 0."""
     return tl.where(inverse > 0.0, -1, 0)
@@ -203,8 +209,12 @@ def gradient_planes(
     B: tl.constexpr,
     PART: tl.constexpr,
     RUN: tl.constexpr,
+    SMALL_ONLY: tl.constexpr,
 ):
-    """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM."""
+    """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM.
+
+    With ``SMALL_ONLY`` G has noise below one step alone.
+    """
     row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
@@ -234,11 +244,14 @@ def gradient_planes(
         slot = tl.full([], -1, tl.int32)
         if g_high is not None:
             slot = tl.load(g_slot + column_block * tl.cdiv(rows, B) + row_block)
+        factor = tl.load(g_inverse + row_block // group_blocks * columns + c, mask=c < columns, other=1.0)
+        v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
         noise = None
         if g_seed is not None:
             noise = uniform(c[None, :], r[:, None], tl.load(g_seed))
-        factor = tl.load(g_inverse + row_block // group_blocks * columns + c, mask=c < columns, other=1.0)
-        v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
+            if SMALL_ONLY:
+                v = _round_small(v, noise)
+                noise = None
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
         _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
         if g_high is not None:

@@ -193,10 +193,20 @@ def _over(x: Tensor, divisor: int) -> Tensor:
     return x / x.new_tensor(float(divisor))
 
 
-def row_integers(x: Tensor, scale: Tensor, mask: Tensor, block: int, noise: Tensor | None) -> Tensor:
-    """``q = round(x / s)`` as int16 ``[R, Q]``: within ±127 in plain blocks and ±32512 in fallback blocks."""
+def row_integers(
+    x: Tensor, scale: Tensor, mask: Tensor, block: int, noise: Tensor | None, small_only: bool = False
+) -> Tensor:
+    """``q = round(x / s)`` as int16 ``[R, Q]``: within ±127 in plain blocks and ±32512 in fallback blocks.
+
+    With ``noise`` stochastically, or with ``small_only`` where ``|x| < s`` alone.
+    """
     v = x * (1.0 / scale)[:, None]
-    q = v.round_() if noise is None else (v.add_(noise)).floor_()
+    if noise is None:
+        q = v.round_()
+    elif small_only:
+        q = torch.where(v.abs() < 1, (v + noise).floor_(), v.round())
+    else:
+        q = v.add_(noise).floor_()
     if bool(mask.any()):
         limit = torch.where(mask, float(INT16_MAX), float(INT8_MAX))
         limit = _spread(limit, *x.shape, block)
@@ -222,6 +232,7 @@ def _row_planes(
     noise: Tensor | None,
     folded: bool,
     group_blocks: int = 0,
+    small_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``scale`` is ``[R]``, or ``[groups, R]`` where each ``group_blocks`` blocks of a row have their own."""
     width = group_blocks * block if group_blocks else max(1, x.shape[1])
@@ -232,7 +243,7 @@ def _row_planes(
         part_max = None if other_max is None else other_max[columns]
         scales.append(row_scale(part, part_mask, block, part_max, folded))
         part_noise = None if noise is None else noise[:, columns]
-        integers.append(row_integers(part, scales[-1], part_mask, block, part_noise))
+        integers.append(row_integers(part, scales[-1], part_mask, block, part_noise, small_only))
     q = torch.cat(integers, 1)
     scale = torch.stack(scales) if group_blocks else scales[0]
     int_max = q.abs().amax(1).float()
@@ -308,8 +319,9 @@ def quantize_row_gradient(
         capacity: Most blocks of each that may fall back; 0 turns fallback off.
         update: Whether ``state`` may change.
         block: Block edge ``B``.
-        stochastic: What to round stochastically (:mod:`lightning_int8.kernels.rounding`): ``"nothing"``, G alone
-            (``"wgrad"``) or ``"all"``.
+        stochastic: What to round stochastically (:mod:`lightning_int8.kernels.rounding`): ``"nothing"``; in G what is
+            below one step of its scale, which to nearest would become zero or grow to the step (``"wgrad"``); or
+            ``"all"`` of A and G.
         bias: Whether the bias gradient is wanted.
         statistics: What a kernel has found of ``dy`` before; not needed here.
         group_blocks: So many blocks along the tokens share G's scales, one a row for each of ``ceil(MB /
@@ -333,7 +345,9 @@ def quantize_row_gradient(
         noise = uniform(*value.shape, data_seed(amax), value.device) if random else None
         other_max = None if operand == 1 else input_int_max
         groups = 0 if operand == 1 else group_blocks
-        low, high, slot, scale, _ = _row_planes(value, mask, capacity, block, other_max, noise, False, groups)
+        low, high, slot, scale, _ = _row_planes(
+            value, mask, capacity, block, other_max, noise, False, groups, stochastic == "wgrad"
+        )
         out += [_pad_columns(low, block), high, slot, scale]
     a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale = out
     dbias = dy.sum(0) if bias else dy.new_empty(0)

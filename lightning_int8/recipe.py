@@ -61,11 +61,11 @@ class Int8Recipe:
             stays in its band.
         threshold_factor: Factor by which a threshold moves after a step whose rate left its band; above 1
             (1.3 in arXiv 2503.08040).
-        stochastic_rounding: Where dY is rounded stochastically instead of to nearest: unbiased, with 2 to 3 dB more
-            noise. The gradients of tokens that a model predicts well are a thousandth of others', and to nearest most
-            of them become zeros. ``"wgrad"``: in the wgrad's operand, whose scales span many tokens; not with
-            ``scaling="block"``, where dgrad and wgrad share one. ``"all"``: in the dgrad's too. ``"vector"`` has
-            ``"nothing"`` alone.
+        stochastic_rounding: What of dY is rounded stochastically instead of to nearest. The gradients of tokens that
+            a model predicts well are a thousandth of others', and to nearest most of them become zeros.
+            ``"wgrad"``: what is below one step in the wgrad's operand, whose scales span many tokens; not with
+            ``scaling="block"``, where dgrad and wgrad share one operand. ``"all"``: all of dY in both, unbiased, with 2
+            to 3 dB more noise. ``"vector"`` has ``"nothing"`` alone.
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
