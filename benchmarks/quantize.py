@@ -73,7 +73,7 @@ class Case:
         m *= 127
         self.run: Callable[[], Sequence[torch.Tensor]]
         out: Sequence[torch.Tensor]
-        stochastic = "all" if op.endswith("stochastic") else "wgrad" if op.endswith("wgrad") else "nothing"
+        stochastic = "all" if op.endswith("stochastic") else "small" if op.endswith("small") else "nothing"
         reads = 2 * x.nbytes
         gradient_partial = 4 * (2 * rows * blocks_along(columns, block) + 2 * columns * blocks_along(rows, block))
         if op == "swiglu":
@@ -118,9 +118,7 @@ class Case:
             fallen = int((out[4] >= 0).sum()) * (2 if transpose else 1)
             partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
         else:
-            self.run = lambda: quantize.quantize_block(
-                x, state, 0, rate, capacity, block, True, True, stochastic == "all"
-            )
+            self.run = lambda: quantize.quantize_block(x, state, 0, rate, capacity, block, True, True, stochastic)
             out = self.run()
             fallen, partial = int((out[4] >= 0).sum()) * 2, 0
         written = sum(t.nbytes for t in out if t.dim() != 3) + fallen * block * block
@@ -145,7 +143,7 @@ def main() -> None:
         for block in arguments.blocks:
             for op, rate in (
                 ("row", arguments.rate), ("row", 0.0), ("row, one layout", 0.0), ("gradient", arguments.rate),
-                ("gradient, stochastic", arguments.rate), ("gradient, stochastic wgrad", arguments.rate),
+                ("gradient, stochastic", arguments.rate), ("gradient, stochastic small", arguments.rate),
                 ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
             ):  # fmt: skip

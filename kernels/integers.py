@@ -277,8 +277,12 @@ def block_planes(
     B: tl.constexpr,
     PART: tl.constexpr,
     RUN: tl.constexpr,
+    SMALL_ONLY: tl.constexpr,
 ):
-    """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts."""
+    """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts.
+
+    With ``SMALL_ONLY`` plain blocks have noise below one step alone.
+    """
     row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
@@ -295,8 +299,13 @@ def block_planes(
     noise = None
     if seed is not None:
         noise = uniform((row + i)[:, None], (column + j)[None, :], tl.load(seed))
-        # Of a fallback block, the residuals carry the noise.
-        bits = tl.where(block_slot >= 0, bits, _integer_bits(v, noise, 127.0, mask))
+        if SMALL_ONLY:
+            plain = _integer_bits(_round_small(v, noise), None, None, mask)
+            noise = None
+        else:
+            # Of a fallback block, the residuals carry the noise.
+            plain = _integer_bits(v, noise, 127.0, mask)
+        bits = tl.where(block_slot >= 0, bits, plain)
     _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
     if high is not None:
         if block_slot >= 0:

@@ -150,6 +150,6 @@ def quantize_row_gradient(
                 dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
                 input_scale, group_blocks or row_blocks, g_inverse, g_slot, g_seed, g_low,
                 g_high if fallback else None, rows, columns, *dy.stride(),
-                B=block, SMALL_ONLY=stochastic == "wgrad", **options("gradient_planes", block),
+                B=block, SMALL_ONLY=stochastic == "small", **options("gradient_planes", block),
             )  # fmt: skip
     return out

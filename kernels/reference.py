@@ -320,8 +320,8 @@ def quantize_row_gradient(
         update: Whether ``state`` may change.
         block: Block edge ``B``.
         stochastic: What to round stochastically (:mod:`lightning_int8.kernels.rounding`): ``"nothing"``; in G what is
-            below one step of its scale, which to nearest would become zero or grow to the step (``"wgrad"``); or
-            ``"all"`` of A and G.
+            below one step, which to nearest would become zero or grow to the step (``"small"``; A's scales are each
+            token's own); or ``"all"`` of A and G.
         bias: Whether the bias gradient is wanted.
         statistics: What a kernel has found of ``dy`` before; not needed here.
         group_blocks: So many blocks along the tokens share G's scales, one a row for each of ``ceil(MB /
@@ -341,12 +341,12 @@ def quantize_row_gradient(
         value = dy * fold[None, :] if operand == 1 else (dy * fold[:, None]).t().contiguous()
         amax = block_amax(value, block)
         mask = fallback_mask(amax, state, operand, seed_rate, capacity, update)
-        random = stochastic == "all" or (operand == 2 and stochastic == "wgrad")
+        random = stochastic == "all" or (operand == 2 and stochastic == "small")
         noise = uniform(*value.shape, data_seed(amax), value.device) if random else None
         other_max = None if operand == 1 else input_int_max
         groups = 0 if operand == 1 else group_blocks
         low, high, slot, scale, _ = _row_planes(
-            value, mask, capacity, block, other_max, noise, False, groups, stochastic == "wgrad"
+            value, mask, capacity, block, other_max, noise, False, groups, stochastic == "small"
         )
         out += [_pad_columns(low, block), high, slot, scale]
     a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale = out
@@ -408,7 +408,7 @@ def quantize_block(
     block: int,
     update: bool,
     transpose: bool,
-    stochastic: bool,
+    stochastic: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes X, W or dY ``[R, Q]`` with one scale per block; a square block transposes together with its scale.
 
@@ -421,7 +421,8 @@ def quantize_block(
         update: Whether ``state`` may change.
         block: Block edge ``B``.
         transpose: Whether the transposed planes are wanted; they come back empty otherwise.
-        stochastic: Round the finest plane of each block stochastically.
+        stochastic: What to round stochastically: ``"nothing"``; in plain blocks what is below one step (``"small"``);
+            or the finest plane of each block (``"all"``).
 
     Returns:
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]``, all int8;
@@ -433,17 +434,20 @@ def quantize_block(
     scale = _over(amax, INT8_MAX).clamp_min(MIN_SCALE)
     v = x * _spread(1.0 / scale, *x.shape, block)
     q = v.round()
-    noise = uniform(*x.shape, data_seed(amax), x.device) if stochastic else None
+    noise = None if stochastic == "nothing" else uniform(*x.shape, data_seed(amax), x.device)
     slot = slots(mask)
     if bool(mask.any()):
         residual = (v - q) * RESIDUAL_STEPS
-        residual = residual.round_() if noise is None else (residual + noise).floor_()
+        residual = residual.round_() if noise is None or stochastic == "small" else (residual + noise).floor_()
         residual = residual.clamp_(-INT8_MAX, INT8_MAX).nan_to_num_(0.0).to(torch.int8)
         high = _gather_blocks(residual, slot, capacity, block)
     else:
         high = torch.zeros(capacity, block, block, dtype=torch.int8, device=x.device)
     if noise is not None:
-        q = q.where(_spread(mask, *x.shape, block), (v + noise).floor())
+        kept = _spread(mask, *x.shape, block)
+        if stochastic == "small":
+            kept = kept | ~(v.abs() < 1)
+        q = q.where(kept, (v + noise).floor())
     low = q.clamp_(-INT8_MAX, INT8_MAX).nan_to_num_(0.0).to(torch.int8)
     low_t, high_t = _transposed(low, high, block) if transpose else (low.new_empty(0), high.new_empty(0))
     return _pad_columns(low, block), low_t, high, high_t, slot, scale

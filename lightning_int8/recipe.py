@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 Scaling = Literal["row", "block", "vector"]
 Backend = Literal["auto", "reference", "triton", "hopper"]
 RecomputeSwiGLU = Literal["nothing", "planes", "all"]
-StochasticRounding = Literal["nothing", "wgrad", "all"]
+StochasticRounding = Literal["nothing", "small", "all"]
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -63,9 +63,9 @@ class Int8Recipe:
             (1.3 in arXiv 2503.08040).
         stochastic_rounding: What of dY is rounded stochastically instead of to nearest. The gradients of tokens that
             a model predicts well are a thousandth of others', and to nearest most of them become zeros.
-            ``"wgrad"``: what is below one step in the wgrad's operand, whose scales span many tokens; not with
-            ``scaling="block"``, where dgrad and wgrad share one operand. ``"all"``: all of dY in both, unbiased, with 2
-            to 3 dB more noise. ``"vector"`` has ``"nothing"`` alone.
+            ``"small"``: what is below one step, where a scale spans several tokens: with ``scaling="row"`` in the
+            wgrad's operand, with ``"block"`` in the one of dgrad and wgrad. ``"all"``: all of dY in both; unbiased,
+            with 2 to 3 dB more noise. ``"vector"`` has ``"nothing"`` alone.
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
@@ -156,17 +156,14 @@ class Int8Recipe:
     def _check_rounding(self) -> None:
         if isinstance(self.stochastic_rounding, bool):
             raise TypeError(
-                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} must be 'nothing', 'wgrad' or 'all'; "
+                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} must be 'nothing', 'small' or 'all'; "
                 "True was what 'all' is now."
             )
         _check_choice("stochastic_rounding", self.stochastic_rounding, get_args(StochasticRounding))
-        allowed = {"row": ("nothing", "wgrad", "all"), "block": ("nothing", "all"), "vector": ("nothing",)}[
-            self.scaling
-        ]
-        if self.stochastic_rounding not in allowed:
+        if self.scaling == "vector" and self.stochastic_rounding != "nothing":
             raise ValueError(
-                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} with scaling={self.scaling!r}: it must "
-                f"be one of {', '.join(map(repr, allowed))}."
+                f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} with scaling='vector', which "
+                "rounds to nearest alone. Set it to 'nothing'."
             )
 
     def _check_budget(self) -> None:

@@ -226,7 +226,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats(recipe):
     assert (stochastic - reference).norm() < 0.3 * (nearest - reference).norm()
 
 
-def test_stochastic_rounding_in_the_wgrad_keeps_small_tokens():
+def test_small_values_rounded_stochastically_keep_small_tokens():
     torch.manual_seed(4)
     x, weight = torch.randn(4096, 64), torch.randn(64, 64)
     # Tokens whose gradients are all below half a step of their features' scales, which the first token sets.
@@ -235,15 +235,15 @@ def test_stochastic_rounding_in_the_wgrad_keeps_small_tokens():
     x[0] = x.abs().amax()
     wanted = exact(x, weight, None, dy)["dW"] - dy[:1].t().double() @ x[:1].double()
     got = {}
-    for rounding in ("nothing", "wgrad"):
+    for rounding in ("nothing", "small"):
         got[rounding] = gradients(
             x, weight, None, dy, recipe={"preset": "row", **NONE, "stochastic_rounding": rounding}
         )
     without_first = {name: value["dW"].double() - dy[:1].t().double() @ x[:1].double() for name, value in got.items()}
     slope = {name: float((value * wanted).sum() / wanted.square().sum()) for name, value in without_first.items()}
     assert slope["nothing"] < 0.3
-    assert slope["wgrad"] == pytest.approx(1, abs=0.1)
-    assert torch.equal(got["wgrad"]["dX"], got["nothing"]["dX"])
+    assert slope["small"] == pytest.approx(1, abs=0.1)
+    assert torch.equal(got["small"]["dX"], got["nothing"]["dX"])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -239,7 +239,7 @@ def test_the_gradient_folds_both_ways():
 
 def test_block_planes_hold_16_bits_where_they_fall_back():
     x = heavy(70, 100)
-    low, low_t, high, high_t, slot, scale = reference.quantize_block(x, None, 0, 0.25, 12, B, False, True, False)
+    low, low_t, high, high_t, slot, scale = reference.quantize_block(x, None, 0, 0.25, 12, B, False, True, "nothing")
     spread = scale.repeat_interleave(B, 0)[:70].repeat_interleave(B, 1)[:, :100].double()
     mask = (slot >= 0).repeat_interleave(B, 0)[:70].repeat_interleave(B, 1)[:, :100]
     base = low[:, :100].double() * spread
@@ -256,7 +256,7 @@ def test_gemm_block():
     a, b = (
         QuantizedMatrix(low, high, slot, scale, size, B)
         for size, (low, _, high, _, slot, scale) in (
-            ((n, 90), reference.quantize_block(m, None, 0, 0.3, 9, B, False, False, False))
+            ((n, 90), reference.quantize_block(m, None, 0, 0.3, 9, B, False, False, "nothing"))
             for n, m in ((50, x), (40, w))
         )
     )
@@ -266,7 +266,7 @@ def test_gemm_block():
 def test_blocks_that_are_not_finite_say_so_in_their_scale():
     x = torch.randn(64, 64)
     x[0, 0], x[40, 40] = math.nan, math.inf
-    low, _, _, _, _, scale = reference.quantize_block(x, None, 0, 0.2, 4, B, False, False, False)
+    low, _, _, _, _, scale = reference.quantize_block(x, None, 0, 0.2, 4, B, False, False, "nothing")
     assert scale[0, 0].isnan()
     assert scale[1, 1].isinf()
     assert (low[:32, :32] == 0).all()
@@ -286,20 +286,22 @@ def test_stochastic_rounding_is_unbiased_and_replays():
         assert set(low.unique().tolist()) == {10, 11}
         # Five standard deviations.
         assert abs(low.double().mean() - 10.3) < 5 * math.sqrt(0.21 / low.numel())
-    nearest, wgrad = (reference.quantize_row_gradient(*arguments, which, False) for which in ("nothing", "wgrad"))
+    nearest, rounded = (reference.quantize_row_gradient(*arguments, which, False) for which in ("nothing", "small"))
     # 10.3 steps are no small values.
-    assert all(torch.equal(a, b) for a, b in zip(wgrad, nearest, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rounded, nearest, strict=True))
     small = torch.full((256, 256), 0.3)
     small[0] = small[:, 0] = 127.0
-    nearest, wgrad = (
-        reference.quantize_row_gradient(small, *arguments[1:], which, False) for which in ("nothing", "wgrad")
+    nearest, rounded = (
+        reference.quantize_row_gradient(small, *arguments[1:], which, False) for which in ("nothing", "small")
     )
-    assert torch.equal(wgrad[0], nearest[0])
+    assert torch.equal(rounded[0], nearest[0])
     assert not nearest[4][1:, 1:].any()
-    assert abs(wgrad[4][1:, 1:].double().mean() - 0.3) < 5 * math.sqrt(0.21 / wgrad[4].numel())
+    assert abs(rounded[4][1:, 1:].double().mean() - 0.3) < 5 * math.sqrt(0.21 / rounded[4].numel())
+    block = reference.quantize_block(small, None, 0, 0.5, 0, B, False, False, "small")[0][1:, 1:32].double()
+    assert abs(block.mean() - 0.3) < 5 * math.sqrt(0.21 / block.numel())
     again = reference.quantize_row_gradient(*arguments, "all", False)
     assert all(torch.equal(a, b) for a, b in zip(stochastic, again, strict=True))
-    block = reference.quantize_block(x, None, 0, 0.5, 0, B, False, False, True)[0][1:, 1:32].double()
+    block = reference.quantize_block(x, None, 0, 0.5, 0, B, False, False, "all")[0][1:, 1:32].double()
     assert abs(block.mean() - 10.3) < 5 * math.sqrt(0.21 / block.numel())
 
 

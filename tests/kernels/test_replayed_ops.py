@@ -144,7 +144,7 @@ else:
         equal(ops._implementation(backend, "quantize_row"), arguments, undefined=(2, 3))
 
     @pytest.mark.parametrize("backend", NATIVE)
-    @pytest.mark.parametrize("stochastic", [False, True])
+    @pytest.mark.parametrize("stochastic", ["nothing", "small", "all"])
     def test_quantize_block(backend, stochastic):
         def arguments(seed):
             return matrix(seed, ROWS, COLUMNS), thresholds(), 1, 0.2, 3, BLOCK, True, True, stochastic
@@ -161,7 +161,7 @@ else:
 
     @pytest.mark.parametrize("backend", NATIVE)
     @pytest.mark.parametrize(
-        ("stochastic", "bias", "group_blocks"), [("nothing", True, 0), ("all", False, 0), ("wgrad", False, 1)]
+        ("stochastic", "bias", "group_blocks"), [("nothing", True, 0), ("all", False, 0), ("small", False, 1)]
     )
     def test_quantize_row_gradient(backend, stochastic, bias, group_blocks):
         def arguments(seed):

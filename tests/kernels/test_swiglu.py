@@ -74,7 +74,7 @@ else:
             ((70, 50, 32), True, True, True, 3, "nothing"),
             ((64, 70, 64), True, True, False, 0, "all"),
             ((33, 32, 32), True, False, False, 3, "all"),
-            ((33, 32, 32), False, True, True, 3, "wgrad"),
+            ((33, 32, 32), False, True, True, 3, "small"),
         ],
     )
     def test_backward(shape, dtype, dgrad, wgrad, bias, capacity, stochastic):
