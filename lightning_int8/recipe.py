@@ -96,7 +96,7 @@ class Int8Recipe:
     gradient_band: tuple[float, float] = (0.1, 0.3)
     budget: float | None = None
     threshold_factor: float = 1.3
-    stochastic_rounding: StochasticRounding = "nothing"
+    stochastic_rounding: StochasticRounding = "small"
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
@@ -110,7 +110,6 @@ class Int8Recipe:
         _check_choice("scaling", self.scaling, get_args(Scaling))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("recompute_swiglu", self.recompute_swiglu, get_args(RecomputeSwiGLU))
-        self._check_rounding()
         for name in ("forward", "dgrad", "wgrad", "fuse_swiglu"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
@@ -152,6 +151,7 @@ class Int8Recipe:
                 "Int8Recipe(scaling='vector') has no block fallback: set activation_band and gradient_band to (0, 0), "
                 "or use scaling='row' or 'block'."
             )
+        self._check_rounding()
 
     def _check_rounding(self) -> None:
         if isinstance(self.stochastic_rounding, bool):
@@ -223,12 +223,21 @@ NO_FALLBACK = (0.0, 0.0)
 PRESETS: dict[str, Int8Recipe] = {
     "row": Int8Recipe(),
     "block": Int8Recipe(scaling="block"),
-    "jetfire": Int8Recipe(scaling="block", block_size=32, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK),
-    "rowwise": Int8Recipe(scaling="vector", activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK),
+    "jetfire": Int8Recipe(
+        scaling="block",
+        block_size=32,
+        activation_band=NO_FALLBACK,
+        gradient_band=NO_FALLBACK,
+        stochastic_rounding="nothing",
+    ),
+    "rowwise": Int8Recipe(
+        scaling="vector", activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK, stochastic_rounding="nothing"
+    ),
     "llm_int8": Int8Recipe(
         scaling="vector",
         activation_band=NO_FALLBACK,
         gradient_band=NO_FALLBACK,
+        stochastic_rounding="nothing",
         dgrad=False,
         wgrad=False,
         outlier_threshold=6.0,
