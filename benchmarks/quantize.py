@@ -73,7 +73,7 @@ class Case:
         m *= 127
         self.run: Callable[[], Sequence[torch.Tensor]]
         out: Sequence[torch.Tensor]
-        stochastic = op.endswith("stochastic")
+        stochastic = "all" if op.endswith("stochastic") else "small" if op.endswith("small") else "nothing"
         reads = 2 * x.nbytes
         gradient_partial = 4 * (2 * rows * blocks_along(columns, block) + 2 * columns * blocks_along(rows, block))
         if op == "swiglu":
@@ -94,7 +94,7 @@ class Case:
                     plane
                     for i, (dy, states) in enumerate(((dgate, state), (dup, other)))
                     for plane in quantize_gradient.quantize_row_gradient(
-                        dy, t, s, m, states, rate, capacity, block, True, False, False, [part[i] for part in found]
+                        dy, t, s, m, states, rate, capacity, block, True, "nothing", False, [part[i] for part in found]
                     )
                 ]
 
@@ -143,7 +143,8 @@ def main() -> None:
         for block in arguments.blocks:
             for op, rate in (
                 ("row", arguments.rate), ("row", 0.0), ("row, one layout", 0.0), ("gradient", arguments.rate),
-                ("gradient, stochastic", arguments.rate), ("block", arguments.rate), ("block, stochastic", 0.2),
+                ("gradient, stochastic", arguments.rate), ("gradient, stochastic small", arguments.rate),
+                ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)

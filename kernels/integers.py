@@ -24,10 +24,11 @@ def _mix(h):
 
 
 @triton.jit
-def uniform(row, column, i, j, columns, seed):
-    """See `rounding.uniform`, at the rows ``row + i`` and columns ``column + j``."""
-    index = row.to(tl.int64) * columns + column + (i * columns + j)
-    h = _mix(_mix(index.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True)) ^ (index >> 32).to(tl.uint32))
+def uniform(i, j, seed):
+    """See `rounding.uniform`, at the rows ``i`` and columns ``j``, one of them ``[n, 1]`` and the other ``[1, n]``."""
+    row = _mix(i.to(tl.uint32) ^ seed.to(tl.uint32, bitcast=True))
+    h = (row ^ (j.to(tl.uint32) * 0x9E3779B1)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
     return (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
 
 
@@ -41,6 +42,12 @@ def _integer_bits(v, noise, limit, mask):
     if noise is not None:
         v = tl.minimum(tl.maximum(tl.floor(v + noise), -limit), limit)
     return (v + 12582912.0).to(tl.int32, bitcast=True) & mask
+
+
+@triton.jit
+def _round_small(v, noise):
+    """``v``, but what is below one step rounded up or down at random, so that its mean stays."""
+    return tl.where(tl.abs(v) < 1.0, tl.floor(v + noise), v)
 
 
 @triton.jit
@@ -202,8 +209,12 @@ def gradient_planes(
     B: tl.constexpr,
     PART: tl.constexpr,
     RUN: tl.constexpr,
+    SMALL_ONLY: tl.constexpr,
 ):
-    """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM."""
+    """Integers of ``PART`` columns of a block of ``dy [M, N]`` as A and as G, each in the layout of its GEMM.
+
+    With ``SMALL_ONLY`` G has noise below one step alone.
+    """
     row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
@@ -218,7 +229,7 @@ def gradient_planes(
             slot = tl.load(a_slot + row_block * tl.cdiv(columns, B) + column_block)
         noise = None
         if a_seed is not None:
-            noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(a_seed))
+            noise = uniform(r[:, None], c[None, :], tl.load(a_seed))
         factor = tl.load(a_inverse + r, mask=r < rows, other=1.0)
         v = (tile * tl.load(column_fold + c, mask=c < columns, other=0.0)[None, :]) * factor[:, None]
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[:, None])
@@ -233,11 +244,14 @@ def gradient_planes(
         slot = tl.full([], -1, tl.int32)
         if g_high is not None:
             slot = tl.load(g_slot + column_block * tl.cdiv(rows, B) + row_block)
-        noise = None
-        if g_seed is not None:
-            noise = uniform(column, row, j[None, :], i[:, None], rows, tl.load(g_seed))
         factor = tl.load(g_inverse + row_block // group_blocks * columns + c, mask=c < columns, other=1.0)
         v = (tile * tl.load(row_fold + r, mask=r < rows, other=0.0)[:, None]) * factor[None, :]
+        noise = None
+        if g_seed is not None:
+            noise = uniform(c[None, :], r[:, None], tl.load(g_seed))
+            if SMALL_ONLY:
+                v = _round_small(v, noise)
+                noise = None
         bits = _integer_bits(v, noise, tl.where(slot >= 0, 32512.0, 127.0), _finite_mask(factor)[None, :])
         _store_low(None, g_low, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
         if g_high is not None:
@@ -263,8 +277,12 @@ def block_planes(
     B: tl.constexpr,
     PART: tl.constexpr,
     RUN: tl.constexpr,
+    SMALL_ONLY: tl.constexpr,
 ):
-    """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts."""
+    """Base plane and, of a fallback block, residuals of ``PART`` columns of a block of ``x``, in both layouts.
+
+    With ``SMALL_ONLY`` plain blocks have noise below one step alone.
+    """
     row_block, column_block, part = place(columns, B, PART)
     row = row_block * B
     column = column_block * B + part * PART
@@ -280,9 +298,14 @@ def block_planes(
     bits = _integer_bits(v, None, None, mask)
     noise = None
     if seed is not None:
-        noise = uniform(row, column, i[:, None], j[None, :], columns, tl.load(seed))
-        # Of a fallback block, the residuals carry the noise.
-        bits = tl.where(block_slot >= 0, bits, _integer_bits(v, noise, 127.0, mask))
+        noise = uniform((row + i)[:, None], (column + j)[None, :], tl.load(seed))
+        if SMALL_ONLY:
+            plain = _integer_bits(_round_small(v, noise), None, None, mask)
+            noise = None
+        else:
+            # Of a fallback block, the residuals carry the noise.
+            plain = _integer_bits(v, noise, 127.0, mask)
+        bits = tl.where(block_slot >= 0, bits, plain)
     _store_low(low, low_t, bits.to(tl.int8), row, column, rows, columns, B, PART, RUN)
     if high is not None:
         if block_slot >= 0:

@@ -99,7 +99,7 @@ def quantize_row_gradient(
     capacity: int,
     block: int,
     update: bool,
-    stochastic: bool,
+    stochastic: str,
     bias: bool,
     backend: str,
     statistics: Sequence[Tensor],
@@ -144,7 +144,7 @@ def quantize_block(
     block: int,
     update: bool,
     transpose: bool,
-    stochastic: bool,
+    stochastic: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""

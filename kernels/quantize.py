@@ -157,7 +157,7 @@ def quantize_block(
     block: int,
     update: bool,
     transpose: bool,
-    stochastic: bool,
+    stochastic: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes X, W or dY ``[R, Q]`` with one scale per block: arguments and results of `reference.quantize_block`.
 
@@ -172,7 +172,7 @@ def quantize_block(
         update: Whether ``state`` may change.
         block: Block edge ``B``: 32, 64 or 128.
         transpose: Whether to write ``low_t`` and ``high_t``.
-        stochastic: Round the finest plane of each block stochastically.
+        stochastic: See `reference.quantize_block`.
 
     Returns:
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]`` int8;
@@ -185,7 +185,7 @@ def quantize_block(
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale
     fallback, blocks = capacity > 0, row_blocks * column_blocks
-    block_amax, seed = new.int32(row_blocks, column_blocks), new.int32(1) if stochastic else None
+    block_amax, seed = new.int32(row_blocks, column_blocks), new.int32(1) if stochastic != "nothing" else None
     with on(x):
         matrix_statistics[(blocks,)](
             x, None, None, block_amax, rows, columns, *x.stride(), B=block, **options("matrix_statistics", block)
@@ -198,7 +198,7 @@ def quantize_block(
         block_planes[parts("block_planes", blocks, block)](
             x, scale, slot, seed, low, low_t if transpose else None, high if fallback else None,
             high_t if fallback and transpose else None, rows, columns, *x.stride(),
-            B=block, **options("block_planes", block),
+            B=block, SMALL_ONLY=stochastic == "small", **options("block_planes", block),
         )  # fmt: skip
     return low, low_t, high, high_t, slot, scale
 
@@ -228,6 +228,6 @@ def transposed_integers(x: Tensor, scale: Tensor, block: int) -> Tensor:
         else:
             block_planes[parts("block_planes", blocks, block)](
                 x, scale, None, None, None, low_t, None, None, rows, columns, *x.stride(),
-                B=block, **options("block_planes", block),
+                B=block, SMALL_ONLY=False, **options("block_planes", block),
             )  # fmt: skip
     return low_t

@@ -69,7 +69,7 @@ def quantize_row_gradient(
     capacity: int,
     block: int,
     update: bool,
-    stochastic: bool,
+    stochastic: str,
     bias: bool,
     statistics: Sequence[Tensor] = (),
     group_blocks: int = 0,
@@ -89,7 +89,7 @@ def quantize_row_gradient(
         capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
         update: Whether ``state`` may change.
         block: Block edge ``B``: 32, 64 or 128.
-        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        stochastic: See `reference.quantize_row_gradient`.
         bias: Whether to write ``dbias``.
         statistics: What the first read would find, if something else has found it already: the fields of
             `GradientStatistics`, empty tensors where ``None``.
@@ -134,8 +134,8 @@ def quantize_row_gradient(
                 B=block, **row_options("gradient_statistics", block, dy),
             )  # fmt: skip
     a_inverse, g_inverse = new.float32(rows), new.float32(*groups, columns)
-    a_seed = new.int32(1) if has_a and stochastic else None
-    g_seed = new.int32(1) if has_g and stochastic else None
+    a_seed = new.int32(1) if has_a and stochastic == "all" else None
+    g_seed = new.int32(1) if has_g and stochastic != "nothing" else None
     sizes = select_sizes(block, blocks, max(row_blocks, column_blocks))
     with on(dy):
         gradient_select[(row_blocks + column_blocks, blocks_along(block, sizes["PART"]))](
@@ -150,6 +150,6 @@ def quantize_row_gradient(
                 dy, weight_scale, a_inverse, a_slot, a_seed, a_low, a_high if fallback else None,
                 input_scale, group_blocks or row_blocks, g_inverse, g_slot, g_seed, g_low,
                 g_high if fallback else None, rows, columns, *dy.stride(),
-                B=block, **options("gradient_planes", block),
+                B=block, SMALL_ONLY=stochastic == "small", **options("gradient_planes", block),
             )  # fmt: skip
     return out

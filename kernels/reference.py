@@ -193,10 +193,20 @@ def _over(x: Tensor, divisor: int) -> Tensor:
     return x / x.new_tensor(float(divisor))
 
 
-def row_integers(x: Tensor, scale: Tensor, mask: Tensor, block: int, noise: Tensor | None) -> Tensor:
-    """``q = round(x / s)`` as int16 ``[R, Q]``: within ±127 in plain blocks and ±32512 in fallback blocks."""
+def row_integers(
+    x: Tensor, scale: Tensor, mask: Tensor, block: int, noise: Tensor | None, small_only: bool = False
+) -> Tensor:
+    """``q = round(x / s)`` as int16 ``[R, Q]``: within ±127 in plain blocks and ±32512 in fallback blocks.
+
+    With ``noise`` stochastically, or with ``small_only`` where ``|x| < s`` alone.
+    """
     v = x * (1.0 / scale)[:, None]
-    q = v.round_() if noise is None else (v.add_(noise)).floor_()
+    if noise is None:
+        q = v.round_()
+    elif small_only:
+        q = torch.where(v.abs() < 1, (v + noise).floor_(), v.round())
+    else:
+        q = v.add_(noise).floor_()
     if bool(mask.any()):
         limit = torch.where(mask, float(INT16_MAX), float(INT8_MAX))
         limit = _spread(limit, *x.shape, block)
@@ -222,6 +232,7 @@ def _row_planes(
     noise: Tensor | None,
     folded: bool,
     group_blocks: int = 0,
+    small_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``scale`` is ``[R]``, or ``[groups, R]`` where each ``group_blocks`` blocks of a row have their own."""
     width = group_blocks * block if group_blocks else max(1, x.shape[1])
@@ -232,7 +243,7 @@ def _row_planes(
         part_max = None if other_max is None else other_max[columns]
         scales.append(row_scale(part, part_mask, block, part_max, folded))
         part_noise = None if noise is None else noise[:, columns]
-        integers.append(row_integers(part, scales[-1], part_mask, block, part_noise))
+        integers.append(row_integers(part, scales[-1], part_mask, block, part_noise, small_only))
     q = torch.cat(integers, 1)
     scale = torch.stack(scales) if group_blocks else scales[0]
     int_max = q.abs().amax(1).float()
@@ -288,7 +299,7 @@ def quantize_row_gradient(
     capacity: int,
     block: int,
     update: bool,
-    stochastic: bool,
+    stochastic: str,
     bias: bool,
     statistics: Sequence[Tensor] = (),
     group_blocks: int = 0,
@@ -308,7 +319,9 @@ def quantize_row_gradient(
         capacity: Most blocks of each that may fall back; 0 turns fallback off.
         update: Whether ``state`` may change.
         block: Block edge ``B``.
-        stochastic: Round stochastically: see :mod:`lightning_int8.kernels.rounding`.
+        stochastic: What to round stochastically (:mod:`lightning_int8.kernels.rounding`): ``"nothing"``; in G what is
+            below one step, which to nearest would become zero or grow to the step (``"small"``; A's scales are each
+            token's own); or ``"all"`` of A and G.
         bias: Whether the bias gradient is wanted.
         statistics: What a kernel has found of ``dy`` before; not needed here.
         group_blocks: So many blocks along the tokens share G's scales, one a row for each of ``ceil(MB /
@@ -328,10 +341,13 @@ def quantize_row_gradient(
         value = dy * fold[None, :] if operand == 1 else (dy * fold[:, None]).t().contiguous()
         amax = block_amax(value, block)
         mask = fallback_mask(amax, state, operand, seed_rate, capacity, update)
-        noise = uniform(*value.shape, data_seed(amax), value.device) if stochastic else None
+        random = stochastic == "all" or (operand == 2 and stochastic == "small")
+        noise = uniform(*value.shape, data_seed(amax), value.device) if random else None
         other_max = None if operand == 1 else input_int_max
         groups = 0 if operand == 1 else group_blocks
-        low, high, slot, scale, _ = _row_planes(value, mask, capacity, block, other_max, noise, False, groups)
+        low, high, slot, scale, _ = _row_planes(
+            value, mask, capacity, block, other_max, noise, False, groups, stochastic == "small"
+        )
         out += [_pad_columns(low, block), high, slot, scale]
     a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale = out
     dbias = dy.sum(0) if bias else dy.new_empty(0)
@@ -392,7 +408,7 @@ def quantize_block(
     block: int,
     update: bool,
     transpose: bool,
-    stochastic: bool,
+    stochastic: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantizes X, W or dY ``[R, Q]`` with one scale per block; a square block transposes together with its scale.
 
@@ -405,7 +421,8 @@ def quantize_block(
         update: Whether ``state`` may change.
         block: Block edge ``B``.
         transpose: Whether the transposed planes are wanted; they come back empty otherwise.
-        stochastic: Round the finest plane of each block stochastically.
+        stochastic: What to round stochastically: ``"nothing"``; in plain blocks what is below one step (``"small"``);
+            or the finest plane of each block (``"all"``).
 
     Returns:
         ``low [R, QB·B]``, ``low_t [Q, RB·B]``, ``high [C, B, B]`` (residuals), ``high_t [C, B, B]``, all int8;
@@ -417,17 +434,20 @@ def quantize_block(
     scale = _over(amax, INT8_MAX).clamp_min(MIN_SCALE)
     v = x * _spread(1.0 / scale, *x.shape, block)
     q = v.round()
-    noise = uniform(*x.shape, data_seed(amax), x.device) if stochastic else None
+    noise = None if stochastic == "nothing" else uniform(*x.shape, data_seed(amax), x.device)
     slot = slots(mask)
     if bool(mask.any()):
         residual = (v - q) * RESIDUAL_STEPS
-        residual = residual.round_() if noise is None else (residual + noise).floor_()
+        residual = residual.round_() if noise is None or stochastic == "small" else (residual + noise).floor_()
         residual = residual.clamp_(-INT8_MAX, INT8_MAX).nan_to_num_(0.0).to(torch.int8)
         high = _gather_blocks(residual, slot, capacity, block)
     else:
         high = torch.zeros(capacity, block, block, dtype=torch.int8, device=x.device)
     if noise is not None:
-        q = q.where(_spread(mask, *x.shape, block), (v + noise).floor())
+        kept = _spread(mask, *x.shape, block)
+        if stochastic == "small":
+            kept = kept | ~(v.abs() < 1)
+        q = q.where(kept, (v + noise).floor())
     low = q.clamp_(-INT8_MAX, INT8_MAX).nan_to_num_(0.0).to(torch.int8)
     low_t, high_t = _transposed(low, high, block) if transpose else (low.new_empty(0), high.new_empty(0))
     return _pad_columns(low, block), low_t, high, high_t, slot, scale

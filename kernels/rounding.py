@@ -36,8 +36,11 @@ def data_seed(block_amax: Tensor) -> int:
 def uniform(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), float32 ``[rows, columns]``, a pure function of ``seed`` and the element's position.
 
-    ``u = mix(mix(low32(i) ^ seed) ^ high32(i)) >> 8``, times 2^-24, with ``i = row·columns + column``.
+    The upper 24 bits of a hash of ``mix(row ^ seed) ^ (column · 0x9E3779B1)``, which leaves few instructions for each
+    element: what depends on the row or the column alone is computed once for it.
     """
-    index = torch.arange(rows * columns, dtype=torch.int64, device=device)
-    h = _mix(_mix((index & _MASK) ^ seed) ^ (index >> 32))
-    return ((h >> 8).to(torch.float32) * 2.0**-24).view(rows, columns)
+    row = _mix(torch.arange(rows, dtype=torch.int64, device=device) ^ seed)
+    column = (torch.arange(columns, dtype=torch.int64, device=device) * 0x9E3779B1) & _MASK
+    h = ((row[:, None] ^ column) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return (h >> 8).to(torch.float32) * 2.0**-24

@@ -260,14 +260,14 @@ class BlockScheme(_BlockFallback):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
         self._measure_power(x, state, 0, update)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
-            x, state, 0, rate, capacity, self.block, update, wgrad, False, backend
+            x, state, 0, rate, capacity, self.block, update, wgrad, "nothing", backend
         )
         operand = self._matrix(low, high, slot, scale, tuple(x.shape), capacity)
         return QuantizedInput(operand, (low_t, high_t, slot, scale) if wgrad else ())
 
     def quantize_weight(self, weight, transposed, backend):
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
-            weight, None, 0, 0.0, 0, self.block, False, transposed, False, backend
+            weight, None, 0, 0.0, 0, self.block, False, transposed, "nothing", backend
         )
         size = tuple(weight.shape)
         forward = self._matrix(low, high, slot, scale, size, 0)

@@ -100,6 +100,12 @@ def test_a_run_that_branches_goes_on_where_its_parent_was(study):
         assert losses["12"] == pytest.approx(parent["curve"]["train_loss"]["12"], rel=1e-2)
     with open(folder / "results.csv", newline="") as lines:
         rows = {row["run"]: row for row in csv.DictReader(lines)}
+    int8 = results["int8"]
+    assert int8["val_loss_full_precision"] != int8["val_loss"]
+    assert int8["val_loss_full_precision"] == pytest.approx(int8["val_loss"], rel=1e-3)
+    assert parent["val_loss_full_precision"] == parent["val_loss"]
+    gap = 100 * (int8["val_loss_full_precision"] / same["val_loss"] - 1)
+    assert float(rows["int8"]["weights_gap_percent"]) == pytest.approx(gap, abs=6e-4)
     late = [results["int8"]["curve"]["train_loss"][s] - same["curve"]["train_loss"][s] for s in ("10", "11", "12")]
     assert float(rows["int8"]["late_gap_millinats"]) == pytest.approx(1e3 * sum(late) / 3, abs=0.006)
     assert float(rows["same"]["late_gap_millinats"]) == 0

@@ -216,7 +216,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats(recipe):
     # A gradient of one value far below the step of its row: rounding to nearest loses it altogether.
     dy = torch.full((4096, 64), 0.1 / 127)
     dy[:, 0] = 1.0
-    both = {"preset": recipe, **NONE, "stochastic_rounding": True}
+    both = {"preset": recipe, **NONE, "stochastic_rounding": "all"}
     first, again = gradients(x, weight, None, dy, recipe=both), gradients(x, weight, None, dy, recipe=both)
     assert torch.equal(first["dX"], again["dX"])
     assert torch.equal(first["dW"], again["dW"])
@@ -224,6 +224,26 @@ def test_stochastic_rounding_is_unbiased_and_repeats(recipe):
     nearest = gradients(x, weight, None, dy, recipe={"preset": recipe, **NONE})["dX"].double().sum(0)
     stochastic = first["dX"].double().sum(0)
     assert (stochastic - reference).norm() < 0.3 * (nearest - reference).norm()
+
+
+def test_small_values_rounded_stochastically_keep_small_tokens():
+    torch.manual_seed(4)
+    x, weight = torch.randn(4096, 64), torch.randn(64, 64)
+    # Tokens whose gradients are all below half a step of their features' scales, which the first token sets.
+    dy = torch.full((4096, 64), 0.1 / 127)
+    dy[0] = 1.0
+    x[0] = x.abs().amax()
+    wanted = exact(x, weight, None, dy)["dW"] - dy[:1].t().double() @ x[:1].double()
+    got = {}
+    for rounding in ("nothing", "small"):
+        got[rounding] = gradients(
+            x, weight, None, dy, recipe={"preset": "row", **NONE, "stochastic_rounding": rounding}
+        )
+    without_first = {name: value["dW"].double() - dy[:1].t().double() @ x[:1].double() for name, value in got.items()}
+    slope = {name: float((value * wanted).sum() / wanted.square().sum()) for name, value in without_first.items()}
+    assert slope["nothing"] < 0.3
+    assert slope["small"] == pytest.approx(1, abs=0.1)
+    assert torch.equal(got["small"]["dX"], got["nothing"]["dX"])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -27,8 +27,8 @@ def test_a_preset_resolves_by_name_and_describes_itself(name):
 
 
 def test_a_mapping_changes_a_preset_and_accepts_yaml_lists():
-    recipe = resolve_recipe({"preset": "block", "activation_band": [0.05, 0.15], "stochastic_rounding": True})
-    assert recipe == Int8Recipe(scaling="block", activation_band=(0.05, 0.15), stochastic_rounding=True)
+    recipe = resolve_recipe({"preset": "block", "activation_band": [0.05, 0.15], "stochastic_rounding": "all"})
+    assert recipe == Int8Recipe(scaling="block", activation_band=(0.05, 0.15), stochastic_rounding="all")
     assert "activation_band=(0.05, 0.15)" in recipe.describe()
 
 
@@ -52,7 +52,13 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"gradient_band": ("a", "b")}, TypeError, r"must be a number"),
         ({"threshold_factor": 1.0}, ValueError, r"threshold_factor=1.0 must be above 1"),
         ({"threshold_factor": float("nan")}, ValueError, r"threshold_factor=nan"),
-        ({"stochastic_rounding": 1}, TypeError, r"stochastic_rounding=1 must be true or false"),
+        ({"stochastic_rounding": True}, TypeError, r"stochastic_rounding=True must be .* True was what 'all' is now"),
+        ({"stochastic_rounding": "dgrad"}, ValueError, r"stochastic_rounding='dgrad' must be one of"),
+        (
+            {"preset": "rowwise", "stochastic_rounding": "small"},
+            ValueError,
+            r"with scaling='vector', .* Set it to 'nothing'",
+        ),
         ({"forward": False, "dgrad": False, "wgrad": False}, ValueError, r"none of forward, dgrad and wgrad"),
         ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
         (

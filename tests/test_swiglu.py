@@ -67,7 +67,7 @@ def fused_calls(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("bias", "recipe"), [(False, {}), (True, {"stochastic_rounding": True}), (False, BUDGET), (True, GROUPS)]
+    ("bias", "recipe"), [(False, {}), (True, {"stochastic_rounding": "all"}), (False, BUDGET), (True, GROUPS)]
 )
 def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
     apart, fused = converted(fuse=False, bias=bias, **recipe), converted(bias=bias, **recipe)

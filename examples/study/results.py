@@ -22,6 +22,7 @@ COLUMNS = (
     "held_out_loss",
     "gap_percent",
     "gap_in_seed_deviations",
+    "weights_gap_percent",
     "train_loss",
     "late_gap_millinats",
     "late_gap_error",
@@ -99,6 +100,7 @@ def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
         if base is not None:
             gap = result["val_loss"] - base["val_loss"]
             row["gap_percent"] = f"{100 * gap / base['val_loss']:+.3f}"
+            row["weights_gap_percent"] = f"{100 * (result['val_loss_full_precision'] / base['val_loss'] - 1):+.3f}"
             late, error = _late_gap(result, base)
             row |= {"late_gap_millinats": f"{late:+.2f}", "late_gap_error": f"{error:.2f}"}
             if deviation and _group(run) == _group(SEEDS):

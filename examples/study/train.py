@@ -160,12 +160,16 @@ def train(
     if steps not in recorder.curve.val_loss:
         trainer.validate(module, datamodule=data, verbose=False)
     curve = recorder.curve
+    plain = curve.final_val_loss
+    if not run.full_precision:
+        plain = _validate_in_full_precision(module, _module(run, shared, steps, on_gpu), data, shared, precision)
     result = {
         "name": run.name,
         "digest": digest,
         "tokens": steps * tokens_a_step,
         "steps": steps,
         "val_loss": curve.final_val_loss,
+        "val_loss_full_precision": plain,
         "train_loss": curve.final_train_loss,
         "extra_mmas": None if monitor is None else extra_mmas(module, monitor),
         "tokens_per_second": curve.tokens_per_second,
@@ -181,6 +185,28 @@ def train(
     partial.replace(folder / "result.json")
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _validate_in_full_precision(
+    trained: L.LightningModule,
+    plain: L.LightningModule,
+    data: StudyData,
+    shared: dict[str, Any],
+    precision: OuterPrecision,
+) -> float:
+    """Held-out loss of the weights of ``trained`` without quantization: what training with it has done to them."""
+    state = {name: value for name, value in trained.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict(state)
+    trainer = L.Trainer(
+        accelerator=shared["accelerator"],
+        devices=1,
+        precision=precision,
+        limit_val_batches=shared["val_batches"],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer.validate(plain, datamodule=data, verbose=False)[0]["val_loss"]
 
 
 def extra_mmas(module: L.LightningModule, monitor: FallbackRateMonitor) -> float:

@@ -85,7 +85,7 @@ def test_row_gemm_is_bit_exact(backend, shape):
     w_low, w_low_t, _, _, _, w_scale, _ = ops.quantize_row(weight, None, 0, 0.0, 0, 128, False, True, "reference")
     gblocks = -(-tokens // 128) * -(-features_out // 128)
     g = ops.quantize_row_gradient(
-        dy, w_scale, scale, int_max, None, 0.3, max(1, gblocks // 2), 128, False, False, False, "reference", ()
+        dy, w_scale, scale, int_max, None, 0.3, max(1, gblocks // 2), 128, False, "nothing", False, "reference", ()
     )
     x_t = QuantizedMatrix(low_t, high_t, slot.t().contiguous(), None, (features_in, tokens), 128)
     pairs = {

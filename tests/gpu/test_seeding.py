@@ -20,7 +20,7 @@ def quantize_input(x: torch.Tensor, state: torch.Tensor) -> list[torch.Tensor]:
 def quantize_gradient(dy: torch.Tensor, state: torch.Tensor) -> list[torch.Tensor]:
     t, s, largest = dy.new_ones(FEATURES), dy.new_ones(TOKENS), dy.new_full((TOKENS,), 127.0)
     results = ops.quantize_row_gradient(
-        dy, t.float(), s.float(), largest.float(), state, RATE, CAPACITY, BLOCK, False, False, False, "triton", ()
+        dy, t.float(), s.float(), largest.float(), state, RATE, CAPACITY, BLOCK, False, "nothing", False, "triton", ()
     )
     return [results[i] for i in (2, 3, 6, 7)]
 
@@ -38,7 +38,7 @@ def test_programs_agree_while_the_threshold_is_seeded(quantize):
     ops.quantize_row(x, seeded, 0, RATE, CAPACITY, BLOCK, True, False, "triton")
     ones = torch.ones(max(x.shape), device="cuda")
     ops.quantize_row_gradient(
-        x, ones[:FEATURES], ones[:TOKENS], ones[:TOKENS] * 127, seeded, RATE, CAPACITY, BLOCK, True, False, False,
+        x, ones[:FEATURES], ones[:TOKENS], ones[:TOKENS] * 127, seeded, RATE, CAPACITY, BLOCK, True, "nothing", False,
         "triton", (),
     )  # fmt: skip
     assert seeded[:, 0].isfinite().all()

@@ -16,7 +16,7 @@ from lightning_int8.kernels import quantize, quantize_gradient, swiglu, swiglu_p
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
-def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: bool, transposed: bool, ragged: bool) -> None:
+def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, transposed: bool, ragged: bool) -> None:
     """Every launcher once."""
     rows, columns = (4 * block, 6 * block) if not ragged else (3 * block + 5, 2 * block + 9)
     x = torch.empty(columns, rows, dtype=dtype).t() if transposed else torch.empty(rows, columns, dtype=dtype)
@@ -41,19 +41,26 @@ def launch_many_blocks(block: int, rows: int, columns: int) -> None:
     x = torch.empty(rows * block, columns * block, dtype=torch.bfloat16)
     state, s, t = torch.zeros(3, 4), torch.empty(rows * block), torch.empty(columns * block)
     quantize.quantize_row(x, state, 0, 0.2, 5, block, True, False)
-    quantize.quantize_block(x, state, 0, 0.2, 5, block, True, False, True)
-    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, 5, block, True, True, True)
+    quantize.quantize_block(x, state, 0, 0.2, 5, block, True, False, "all")
+    quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, 5, block, True, "all", True)
 
 
 def main(capabilities: list[int]) -> int:
     """Compiles and prints; the number of kernels that spill or do not fit."""
-    cases = [(capability, 128, torch.bfloat16, True, True, False, False) for capability in capabilities]
+    cases = [
+        (capability, 128, torch.bfloat16, True, which, False, False)
+        for capability in capabilities
+        for which in ("small", "all")
+    ]
     for capability in {80, 90}.intersection(capabilities):
-        cases += [(capability, 128, torch.bfloat16, False, False, True, False)]
-        cases += [(capability, 32, torch.bfloat16, True, True, False, True)]
-        cases += [(capability, 64, torch.float16, True, False, False, False)]
+        cases += [(capability, 128, torch.bfloat16, False, "nothing", True, False)]
+        cases += [(capability, 32, torch.bfloat16, True, "all", False, True)]
+        cases += [(capability, 64, torch.float16, True, "nothing", False, False)]
     if 80 in capabilities:
-        cases += [(80, 128, torch.float64, True, True, False, True), (80, 128, torch.float32, True, False, True, True)]
+        cases += [
+            (80, 128, torch.float64, True, "small", False, True),
+            (80, 128, torch.float32, True, "nothing", True, True),
+        ]
     # In registers, an odd number, and in several steps.
     many = [(c, 128, 128, columns) for c in capabilities for columns in (64, 128)]
     many += [(c, 128, 127, 63) for c in capabilities if c == 90]

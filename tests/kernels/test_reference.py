@@ -224,13 +224,13 @@ def test_extreme_magnitudes(size):
 
 def test_the_gradient_folds_both_ways():
     dy, t, s = heavy(70, 50), torch.rand(50) + 0.5, torch.rand(70) + 0.5
-    out = reference.quantize_row_gradient(dy, t, s, torch.full((70,), 127.0), None, 0.2, 6, B, False, False, True)
+    out = reference.quantize_row_gradient(dy, t, s, torch.full((70,), 127.0), None, 0.2, 6, B, False, "nothing", True)
     a = QuantizedMatrix(*out[:4], (70, 50), B)
     g = QuantizedMatrix(*out[4:8], (50, 70), B)
     assert_close("A", dy * t, integers(a) * a.scale.double()[:, None], 35)
     assert_close("G", (dy * s[:, None]).t(), integers(g) * g.scale.double()[:, None], 35)
     assert_close("dbias", dy.double().sum(0), out[8], 100)
-    nothing = reference.quantize_row_gradient(dy, None, None, None, None, 0.2, 6, B, False, False, False)
+    nothing = reference.quantize_row_gradient(dy, None, None, None, None, 0.2, 6, B, False, "nothing", False)
     assert all(t.numel() == 0 for t in nothing)
 
 
@@ -239,7 +239,7 @@ def test_the_gradient_folds_both_ways():
 
 def test_block_planes_hold_16_bits_where_they_fall_back():
     x = heavy(70, 100)
-    low, low_t, high, high_t, slot, scale = reference.quantize_block(x, None, 0, 0.25, 12, B, False, True, False)
+    low, low_t, high, high_t, slot, scale = reference.quantize_block(x, None, 0, 0.25, 12, B, False, True, "nothing")
     spread = scale.repeat_interleave(B, 0)[:70].repeat_interleave(B, 1)[:, :100].double()
     mask = (slot >= 0).repeat_interleave(B, 0)[:70].repeat_interleave(B, 1)[:, :100]
     base = low[:, :100].double() * spread
@@ -256,7 +256,7 @@ def test_gemm_block():
     a, b = (
         QuantizedMatrix(low, high, slot, scale, size, B)
         for size, (low, _, high, _, slot, scale) in (
-            ((n, 90), reference.quantize_block(m, None, 0, 0.3, 9, B, False, False, False))
+            ((n, 90), reference.quantize_block(m, None, 0, 0.3, 9, B, False, False, "nothing"))
             for n, m in ((50, x), (40, w))
         )
     )
@@ -266,7 +266,7 @@ def test_gemm_block():
 def test_blocks_that_are_not_finite_say_so_in_their_scale():
     x = torch.randn(64, 64)
     x[0, 0], x[40, 40] = math.nan, math.inf
-    low, _, _, _, _, scale = reference.quantize_block(x, None, 0, 0.2, 4, B, False, False, False)
+    low, _, _, _, _, scale = reference.quantize_block(x, None, 0, 0.2, 4, B, False, False, "nothing")
     assert scale[0, 0].isnan()
     assert scale[1, 1].isinf()
     assert (low[:32, :32] == 0).all()
@@ -281,14 +281,27 @@ def test_stochastic_rounding_is_unbiased_and_replays():
     x = torch.full((256, 256), 10.3)
     x[0] = x[:, 0] = 127.0
     arguments = x, torch.ones(256), torch.ones(256), torch.ones(256), None, 0.0, 0, B, False
-    stochastic = reference.quantize_row_gradient(*arguments, True, False)
+    stochastic = reference.quantize_row_gradient(*arguments, "all", False)
     for low in (stochastic[0][1:, 1:], stochastic[4][1:, 1:]):
         assert set(low.unique().tolist()) == {10, 11}
         # Five standard deviations.
         assert abs(low.double().mean() - 10.3) < 5 * math.sqrt(0.21 / low.numel())
-    again = reference.quantize_row_gradient(*arguments, True, False)
+    nearest, rounded = (reference.quantize_row_gradient(*arguments, which, False) for which in ("nothing", "small"))
+    # 10.3 steps are no small values.
+    assert all(torch.equal(a, b) for a, b in zip(rounded, nearest, strict=True))
+    small = torch.full((256, 256), 0.3)
+    small[0] = small[:, 0] = 127.0
+    nearest, rounded = (
+        reference.quantize_row_gradient(small, *arguments[1:], which, False) for which in ("nothing", "small")
+    )
+    assert torch.equal(rounded[0], nearest[0])
+    assert not nearest[4][1:, 1:].any()
+    assert abs(rounded[4][1:, 1:].double().mean() - 0.3) < 5 * math.sqrt(0.21 / rounded[4].numel())
+    block = reference.quantize_block(small, None, 0, 0.5, 0, B, False, False, "small")[0][1:, 1:32].double()
+    assert abs(block.mean() - 0.3) < 5 * math.sqrt(0.21 / block.numel())
+    again = reference.quantize_row_gradient(*arguments, "all", False)
     assert all(torch.equal(a, b) for a, b in zip(stochastic, again, strict=True))
-    block = reference.quantize_block(x, None, 0, 0.5, 0, B, False, False, True)[0][1:, 1:32].double()
+    block = reference.quantize_block(x, None, 0, 0.5, 0, B, False, False, "all")[0][1:, 1:32].double()
     assert abs(block.mean() - 10.3) < 5 * math.sqrt(0.21 / block.numel())
 
 
@@ -301,6 +314,11 @@ def test_noise_depends_on_data_and_place():
     assert noise.min() >= 0
     assert noise.max() < 1
     assert abs(noise.mean() - 0.5) < 0.01
-    assert abs(torch.corrcoef(torch.stack([noise[:, :-1].flatten(), noise[:, 1:].flatten()]))[0, 1]) < 0.02
+    for a, b in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:]), (noise[:-1, :-1], noise[1:, 1:])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.02
+    # Each row and each column on its own: a variance of 1/12, and means as far apart as chance has them.
+    for axis, count in ((1, 200), (0, 300)):
+        assert (noise.var(axis) - 1 / 12).abs().max() < 0.02
+        assert 0.8 < noise.mean(axis).std() / (1 / 12 / count) ** 0.5 < 1.2
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), uniform(300, 200, 12346, "cpu").flatten()]))[0, 1]) < 0.02
     assert_close("first rows", noise[:10], uniform(10, 200, 12345, torch.device("cpu")), EXACT)

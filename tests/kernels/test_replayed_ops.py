@@ -149,7 +149,7 @@ else:
     @pytest.mark.parametrize("backend", NATIVE)
     def test_quantize_block(backend):
         def arguments(seed):
-            return matrix(seed, ROWS, COLUMNS), thresholds(), 1, 0.2, 3, BLOCK, True, True, True
+            return matrix(seed, ROWS, COLUMNS), thresholds(), 1, 0.2, 3, BLOCK, True, True, "small"
 
         equal(ops._implementation(backend, "quantize_block"), arguments, undefined=(2, 3), written=1)
 
@@ -162,7 +162,7 @@ else:
         equal(ops._implementation(backend, "transposed_integers"), arguments)
 
     @pytest.mark.parametrize("backend", NATIVE)
-    @pytest.mark.parametrize(("stochastic", "bias", "group_blocks"), [(False, True, 0), (True, False, 1)])
+    @pytest.mark.parametrize(("stochastic", "bias", "group_blocks"), [("nothing", True, 0), ("small", False, 1)])
     def test_quantize_row_gradient(backend, stochastic, bias, group_blocks):
         def arguments(seed):
             x, t = matrix(seed, ROWS, 1, torch.float32).abs().flatten(), matrix(seed, FEATURES, 1, torch.float32)
