@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lightning_int8.fusion as fusion
-from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
 from lightning_int8.fusion import is_fused
+from lightning_int8.threshold import THRESHOLD
 from lightning_int8.weight_planes import keep_weight_planes
 
 
@@ -106,6 +107,20 @@ def test_checkpointed_and_compiled(checkpointed, compiled):
 
 
 RECOMPUTED = ["planes", "all"]
+
+
+@pytest.mark.parametrize("what", ["nothing", *RECOMPUTED])
+def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what):
+    apart, fused = converted(fuse=False, **BUDGET), converted(recompute_swiglu=what, **BUDGET)
+    seen = []
+    for seed in range(6):
+        x = torch.randn(200, 48, generator=torch.Generator().manual_seed(seed)).exp()
+        assert_equal(run(apart, x), run(fused, x))
+        for module in (apart, fused):
+            update_thresholds(module)
+        seen.append(fallback_states(fused)["down_proj"].tensor[:, THRESHOLD])
+    assert len(fused_calls) == 6
+    assert (seen[0] != seen[-1]).all()
 
 
 @pytest.mark.parametrize("what", RECOMPUTED)
