@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lightning_int8.kernels.ops import _define, _fake, _may_count
+from lightning_int8.kernels.replay import Replayed
+
 # Columns of a layer's state, behind those that the quantize kernels write.
 POWER_SUM, STEP_SUM, POWER_COUNT = 5, 6, 7
-SAMPLED_ROWS = 256
+_SAMPLED_ROWS = 256
 
 
-@torch.library.custom_op("lightning_int8::measure_power", mutates_args=("state",))
-def measure_power(
-    x: Tensor,
-    row_scale: Tensor | None,
-    column_scale: Tensor | None,
-    step: Tensor | None,
-    state: Tensor,
-    operand: int,
-    update: bool,
-) -> None:
-    """Adds the mean squares of ``diag(row_scale)·x·diag(column_scale)`` and of ``step`` to ``state``; 1 to the count.
+def sampling(rows: int) -> tuple[int, int]:
+    """Distance of the rows that are read, and their number: about 256.
 
-    About 256 rows are read, at an odd distance, so that they fall on all positions of sequences of any even length.
+    The distance is odd, so that they fall on all positions of sequences of any even length.
+    """
+    distance = max(1, rows // _SAMPLED_ROWS) | 1
+    return distance, -(-rows // distance)
+
+
+@functools.cache
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    """The function ``name``; both native backends share one, whose launch is repeated."""
+    module = "power_reference" if backend == "reference" else "power_sums"
+    function = getattr(import_module(f"lightning_int8.kernels.{module}"), name)
+    return function if backend == "reference" else Replayed(function)
+
+
+@_define("measure_power", mutates=["state"])
+def measure_power(x: Tensor, step: Tensor | None, state: Tensor, operand: int, update: bool, backend: str) -> None:
+    """See :func:`lightning_int8.kernels.power_reference.measure_power`; X, operand 0, counts once under checkpointing.
 
     Args:
-        x: float ``[R, Q]``.
-        row_scale: float32 ``[R]``, or ``None`` for ones.
-        column_scale: float32 ``[Q]``, or ``None`` for ones.
-        step: float32, any shape: the scales that the operand was quantized with. ``None`` counts as zero.
-        state: float32 ``[operands, columns]`` with at least 8 columns; row ``operand`` changes in place.
+        x: See there, also for what follows.
+        step: Contiguous.
+        state: Contiguous.
         operand: Row of ``state``.
-        update: Whether ``state`` may change.
+        update: Whether ``state`` may change; it does not under inference mode.
+        backend: Who runs it.
     """
-    if not update or torch.is_inference_mode_enabled() or x.numel() == 0:
-        return
-    distance = max(1, x.shape[0] // SAMPLED_ROWS) | 1
-    sample = x[::distance]
-    if x.dtype == torch.float64:
-        sample = sample.float()
-    if row_scale is not None:
-        sample = sample * row_scale[::distance, None]
-    if column_scale is not None:
-        sample = sample * column_scale
-    power = torch.linalg.vector_norm(sample, dtype=torch.float32)
-    # Sizes go to the kernels as numbers: a tensor kept from one call to the next would lie in a CUDA graph's memory.
-    sums = state[operand]
-    sums[POWER_SUM].addcmul_(power, power, value=1.0 / sample.numel())
-    if step is not None:
-        error = torch.linalg.vector_norm(step)
-        sums[STEP_SUM].addcmul_(error, error, value=1.0 / step.numel())
-    sums[POWER_COUNT].add_(1.0)
+    # Operand 0 is measured in the forward, the others in the backward.
+    if update and x.numel() > 0 and (_may_count() if operand == 0 else not torch.is_inference_mode_enabled()):
+        _implementation(backend, "measure_power")(x, step, state, operand)
 
 
-@measure_power.register_fake
-def _(x, row_scale, column_scale, step, state, operand, update):
+@_fake("measure_power")
+def _(x, step, state, operand, update, backend):
+    return None
+
+
+@_define("measure_gradient_power", mutates=["state"])
+def measure_gradient_power(
+    dy: Tensor,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    a_step: Tensor,
+    g_step: Tensor,
+    state: Tensor,
+    update: bool,
+    backend: str,
+) -> None:
+    """See :func:`lightning_int8.kernels.power_reference.measure_gradient_power`.
+
+    Args:
+        dy: See there, also for what follows.
+        weight_scale: Contiguous.
+        input_scale: Contiguous.
+        a_step: Contiguous.
+        g_step: Contiguous.
+        state: Contiguous.
+        update: Whether ``state`` may change.
+        backend: Who runs it.
+    """
+    if update and dy.numel() > 0 and not (weight_scale is None and input_scale is None):
+        _implementation(backend, "measure_gradient_power")(dy, weight_scale, input_scale, a_step, g_step, state)
+
+
+@_fake("measure_gradient_power")
+def _(dy, weight_scale, input_scale, a_step, g_step, state, update, backend):
     return None

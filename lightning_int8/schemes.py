@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
-from lightning_int8.kernels.power import measure_power
+from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.recipe import Int8Recipe
 
 
@@ -105,18 +105,11 @@ class _BlockFallback:
         return rate, fallback_capacity(blocks, band)
 
     def _measure_power(
-        self,
-        x: Tensor,
-        state: Tensor | None,
-        operand: int,
-        update: bool,
-        row_scale: Tensor | None = None,
-        column_scale: Tensor | None = None,
-        step: Tensor | None = None,
+        self, x: Tensor, state: Tensor | None, operand: int, update: bool, backend: str, step: Tensor | None = None
     ) -> None:
-        """What a budget weighs: ``diag(row_scale)·x·diag(column_scale)``, and the scales it was quantized with."""
+        """What a budget weighs: ``x``, and the scales it was quantized with."""
         if self.recipe.budget is not None and state is not None:
-            measure_power(x, row_scale, column_scale, step, state, operand, update)
+            measure_power(x, step, state, operand, update, backend)
 
     def _matrix(
         self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
@@ -139,7 +132,7 @@ class RowScheme(_BlockFallback):
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
         planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
-        self._measure_power(x, state, 0, update, step=planes[5])
+        self._measure_power(x, state, 0, update, backend, step=planes[5])
         return self.input_of(planes, tuple(x.shape), wgrad)
 
     def input_of(self, planes: Sequence[Tensor], size: tuple[int, int], wgrad: bool) -> QuantizedInput:
@@ -154,7 +147,7 @@ class RowScheme(_BlockFallback):
         """``silu(gate)·up`` ``[M, N]``, and what `input_of` takes of it."""
         rate, capacity = self._fallback(gate, self.recipe.activation_band)
         h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, wgrad, backend)
-        self._measure_power(h, state, 0, update, step=planes[5])
+        self._measure_power(h, state, 0, update, backend, step=planes[5])
         return h, *planes
 
     def quantize_weight(self, weight, transposed, backend):
@@ -193,12 +186,12 @@ class RowScheme(_BlockFallback):
             statistics,
             self._group_blocks(),
         )
+        if self.recipe.budget is not None and state is not None:
+            measure_gradient_power(dy, weight_scale, input_scale, a_scale, g_scale, state, update, backend)
         dgrad = wgrad = input_transposed = None
         if weight is not None:
-            self._measure_power(dy, state, 1, update, column_scale=weight_scale, step=a_scale)
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
         if low_t is not None and high_t is not None and slot is not None:
-            self._measure_power(dy, state, 2, update, row_scale=input_scale, step=g_scale)
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
             input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
@@ -258,7 +251,7 @@ class BlockScheme(_BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        self._measure_power(x, state, 0, update)
+        self._measure_power(x, state, 0, update, backend)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             x, state, 0, rate, capacity, self.block, update, wgrad, "nothing", backend
         )
@@ -280,7 +273,7 @@ class BlockScheme(_BlockFallback):
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
-        self._measure_power(dy, state, 1, update)
+        self._measure_power(dy, state, 1, update, backend)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             dy,
             state,

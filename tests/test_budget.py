@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.llama import Attention, LlamaConfig
 from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
 from lightning_int8.budget import COLUMNS, POWER, STEP_POWER, shared_weights
-from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, STEP_SUM, measure_power
+from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, STEP_SUM, measure_gradient_power, measure_power
 from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS, _weights
 from tests.tiny import TinyModel, assert_same, batches, thresholds
 
@@ -100,27 +100,27 @@ def test_blocks_of_a_shared_input_weigh_what_all_its_readers_repeat():
     assert torch.equal(shared_weights(total.flatten(), own, torch.zeros(12)), own)
 
 
-def test_power_is_the_mean_square_of_the_scaled_operand():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_power_is_the_mean_square_of_the_scaled_operand(dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(100, 48, generator=generator)
-    rows, columns = torch.rand(100, generator=generator), torch.rand(48, generator=generator)
-    state = torch.zeros(2, COLUMNS)
-    for scales, dtype in (
-        ((None, None), torch.float32),
-        ((None, None), torch.float64),
-        ((rows, None), torch.float64),
-        ((None, columns), torch.float32),
-    ):
-        state.zero_()
-        measure_power(x.to(dtype), *scales, torch.tensor([[1.0, 3.0]]), state, 1, True)
-        want = x * (1 if scales[0] is None else rows[:, None]) * (1 if scales[1] is None else columns)
-        torch.testing.assert_close(state[1, POWER_SUM], want.square().mean())
-        assert state[1, STEP_SUM] == 5.0
-        assert state[1, POWER_COUNT] == 1
-        assert not state[0].any()
+    s, t = torch.rand(100, generator=generator), torch.rand(48, generator=generator)
+    step, other_step = torch.tensor([[1.0, 3.0]]), torch.tensor([2.0])
+    state = torch.zeros(3, COLUMNS)
+    measure_power(x.to(dtype), step, state, 0, True, "reference")
+    measure_gradient_power(x.to(dtype), t, s, step, other_step, state, True, "reference")
+    wanted = torch.stack([v.square().mean() for v in (x, x * t, x * s[:, None])])
+    torch.testing.assert_close(state[:, POWER_SUM], wanted)
+    assert state[:, STEP_SUM].tolist() == [5.0, 5.0, 4.0]
+    assert state[:, POWER_COUNT].tolist() == [1.0, 1.0, 1.0]
     before = state.clone()
-    measure_power(x, None, None, None, state, 1, False)
+    measure_power(x, None, state, 1, False, "reference")
+    measure_gradient_power(x, t, s, step, step, state, False, "reference")
     assert torch.equal(before, state)
+    for scales, row in (((t, None), 1), ((None, s), 2)):
+        state.zero_()
+        measure_gradient_power(x, *scales, step, step, state, True, "reference")
+        assert state[:, POWER_COUNT].nonzero().tolist() == [[row]]
 
 
 def test_what_is_not_finite_leaves_the_averages_and_the_next_step_counts_again():
@@ -145,7 +145,7 @@ def test_sample_of_a_long_operand_is_not_all_first_tokens():
     x = torch.ones(128 * 256, 8)
     x[::128] = 100.0
     state = torch.zeros(1, COLUMNS)
-    measure_power(x, None, None, None, state, 0, True)
+    measure_power(x, None, state, 0, True, "reference")
     assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
 
 

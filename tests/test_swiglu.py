@@ -110,16 +110,18 @@ RECOMPUTED = ["planes", "all"]
 
 
 @pytest.mark.parametrize("what", ["nothing", *RECOMPUTED])
-def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what, checkpointed):
     apart, fused = converted(fuse=False, **BUDGET), converted(recompute_swiglu=what, **BUDGET)
+    forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else None
     seen = []
     for seed in range(6):
         x = torch.randn(200, 48, generator=torch.Generator().manual_seed(seed)).exp()
-        assert_equal(run(apart, x), run(fused, x))
+        assert_equal(run(apart, x), run(fused, x, forward))
         for module in (apart, fused):
             update_thresholds(module)
         seen.append(fallback_states(fused)["down_proj"].tensor[:, THRESHOLD])
-    assert len(fused_calls) == 6
+    assert len(fused_calls) == 6 * (1 + checkpointed)
     assert (seen[0] != seen[-1]).all()
 
 

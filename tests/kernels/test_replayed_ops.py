@@ -24,7 +24,7 @@ if not INTERPRETED and not torch.cuda.is_available():
         run_interpreted(__file__)
 
 else:
-    from lightning_int8.kernels import backends, launch, ops, swiglu_ops
+    from lightning_int8.kernels import backends, launch, ops, power, swiglu_ops
     from lightning_int8.kernels.replay import Replayed
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +78,7 @@ else:
     @pytest.fixture(autouse=True)
     def interpreted_addresses(monkeypatch):
         """Kernels that are interpreted can be launched with addresses; every test begins without programs."""
-        for cached in (ops._implementation, ops._product, swiglu_ops._implementation):
+        for cached in (ops._implementation, ops._product, swiglu_ops._implementation, power._implementation):
             cached.cache_clear()
         if INTERPRETED:
             first = launch.CachedLaunch._launch
@@ -90,7 +90,7 @@ else:
 
             monkeypatch.setattr(launch.CachedLaunch, "_launch", prepared)
         yield
-        for cached in (ops._implementation, ops._product, swiglu_ops._implementation):
+        for cached in (ops._implementation, ops._product, swiglu_ops._implementation, power._implementation):
             cached.cache_clear()
 
     def equal(repeated: Replayed, arguments: Any, undefined: tuple[int, ...] = (), written: int | None = None) -> None:
@@ -220,3 +220,15 @@ else:
         equal(swiglu_ops._implementation(backend, "swiglu_row"), forward, undefined=(3, 4), written=2)
         equal(swiglu_ops._implementation(backend, "swiglu_gradient"), gradient, written=0)
         equal(swiglu_ops._implementation(backend, "swiglu_planes"), planes, undefined=(1,))
+
+    @pytest.mark.parametrize("backend", NATIVE)
+    def test_power(backend):
+        def of_input(seed):
+            return matrix(seed, ROWS, COLUMNS), matrix(seed, ROWS, 1, torch.float32), torch.ones(3, 16).to(DEVICE), 0
+
+        def of_gradient(seed):
+            s, t = matrix(seed, ROWS, 1, torch.float32).flatten(), matrix(seed, COLUMNS, 1, torch.float32).flatten()
+            return matrix(seed, ROWS, COLUMNS), t, s, s * 2, t * 2, torch.ones(3, 16).to(DEVICE)
+
+        equal(power._implementation(backend, "measure_power"), of_input, undefined=(0,), written=2)
+        equal(power._implementation(backend, "measure_gradient_power"), of_gradient, written=5)
