@@ -71,7 +71,7 @@ class Int8Recipe:
         wgrad: The same for the weight-gradient GEMM.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
             as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.
-            ``None``: all tokens share them. Only with ``scaling="row"`` and without ``budget``.
+            ``None``: all tokens share them. Only with ``scaling="row"``.
         fuse_swiglu: Compute SwiGLU layers (``down(silu(gate(x)) * up(x))``) together with the quantization of what they
             produce, as :mod:`lightning_int8.fusion` says; the results stay the same. Only with ``scaling="row"`` and
             all three GEMMs in INT8; otherwise layers run one by one.
@@ -197,11 +197,6 @@ class Int8Recipe:
             raise ValueError(
                 f"Int8Recipe.wgrad_group_tokens={tokens} needs scaling='row' and wgrad=True, not {self.scaling!r} and "
                 f"{self.wgrad}; leave it at None."
-            )
-        if self.budget is not None:
-            raise ValueError(
-                f"Int8Recipe.wgrad_group_tokens={tokens} with budget={self.budget}: a budget weighs errors by the one "
-                "scale that all tokens share. Set one of them to None."
             )
 
     def describe(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from examples.llama import Attention, LlamaConfig
-from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
+from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, int8_linear, update_thresholds
 from lightning_int8.budget import COLUMNS, POWER, STEP_POWER, shared_weights
 from lightning_int8.kernels.power import POWER_COUNT, POWER_SUM, STEP_SUM, measure_gradient_power, measure_power
 from lightning_int8.threshold import FALLBACK_BLOCKS, RATE, THRESHOLD, TOTAL_BLOCKS, _weights
@@ -123,6 +123,23 @@ def test_power_is_the_mean_square_of_the_scaled_operand(dtype):
         assert state[:, POWER_COUNT].nonzero().tolist() == [[row]]
 
 
+def test_scales_by_groups_of_tokens_count_all():
+    """Gradients of the second group are a tenth of the first's: so are its scales, if they are its own."""
+    x, dy = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    dy[32:] /= 10
+    sums = []
+    for tokens in (None, 32):
+        recipe = dataclasses.replace(RECIPE, wgrad_group_tokens=tokens)
+        state = FallbackState(recipe)
+        weight = torch.ones(32, 32, requires_grad=True)
+        int8_linear(x.clone().requires_grad_(), weight, recipe=recipe, state=state).backward(dy)
+        assert state.tensor is not None
+        sums.append(state.tensor[:, [POWER_SUM, STEP_SUM]])
+    assert torch.equal(sums[0][:, 0], sums[1][:, 0])
+    assert torch.equal(sums[0][:2, 1], sums[1][:2, 1])
+    assert 0.45 < sums[1][2, 1] / sums[0][2, 1] < 0.55
+
+
 def test_what_is_not_finite_leaves_the_averages_and_the_next_step_counts_again():
     model = TinyModel()
     convert_to_int8(model, RECIPE)
@@ -149,9 +166,9 @@ def test_sample_of_a_long_operand_is_not_all_first_tokens():
     assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
 
 
-@pytest.mark.parametrize("scaling", ["row", "block"])
-def test_training_under_a_budget_and_its_checkpoint(scaling):
-    recipe = dataclasses.replace(RECIPE, scaling=scaling)
+@pytest.mark.parametrize("fields", [{}, {"wgrad_group_tokens": 32}, {"scaling": "block"}])
+def test_training_under_a_budget_and_its_checkpoint(fields):
+    recipe = dataclasses.replace(RECIPE, **fields)
     models = [TinyModel(), TinyModel()]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:

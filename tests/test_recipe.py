@@ -72,11 +72,6 @@ def test_a_recipe_is_frozen_and_hashable():
             ValueError,
             r"needs scaling='row' and wgrad=True, not 'block'",
         ),
-        (
-            {"budget": 0.1, "activation_band": (0, 0.4), "gradient_band": (0, 0.4), "wgrad_group_tokens": 4096},
-            ValueError,
-            r"wgrad_group_tokens=4096 with budget=0.1",
-        ),
         ({"outlier_threshold": 6.0}, ValueError, r"needs scaling='vector'"),
         ({"scaling": "vector"}, ValueError, r"has no block fallback"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),
