@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_int8 import FallbackInt8Precision, VerifiedCheckpointIO, consolidate_checkpoint
 from lightning_int8.plugin_core import clip_grad_norm
 from tests.distributed_worker import CpuFSDPStrategy, Sharded
-from tests.tiny import BATCH, GPU_RECIPE, Block, TinyModule, batches, thresholds, trainer
+from tests.tiny import BATCH, NEAREST_RECIPE, Block, TinyModule, batches, thresholds, trainer
 
 STEPS = 3
 CLIP = 0.3
@@ -117,7 +117,7 @@ def run(
     optimizer: Any = torch.optim.AdamW,
 ) -> dict[str, Any]:
     """Trains one phase; ``name`` is one of ``STRATEGIES`` or ``"single"``."""
-    plugins: list[Any] = [FallbackInt8Precision(GPU_RECIPE, "32-true")] if int8 else []
+    plugins: list[Any] = [FallbackInt8Precision(NEAREST_RECIPE, "32-true")] if int8 else []
     if name == "ddp":
         plugins.append(VerifiedCheckpointIO())
     options: dict[str, Any] = {"accelerator": device, "max_epochs": phase + 1, "use_distributed_sampler": False}

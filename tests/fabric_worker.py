@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightning_int8 import FabricFallbackInt8Precision
 from tests.checkpoint_worker import without_offload
-from tests.tiny import BATCH, GPU_RECIPE, Block, TinyModel, batches, thresholds
+from tests.tiny import BATCH, NEAREST_RECIPE, Block, TinyModel, batches, thresholds
 
 CLIP = 0.3
 STRATEGIES = ("ddp", "fsdp1", "fsdp2")
@@ -62,7 +62,7 @@ def run(
     full: bool = False,
 ) -> dict[str, Any]:
     """Trains ``steps`` of six, clipping the gradients' norm; ``full``: what is saved is one file."""
-    plugin = FabricFallbackInt8Precision(GPU_RECIPE, precision="32-true")
+    plugin = FabricFallbackInt8Precision(NEAREST_RECIPE, precision="32-true")
     fabric = Fabric(accelerator=device, devices=2, strategy=strategy(kind, device, full), plugins=plugin)
     fabric.launch()
     torch._dynamo.reset()

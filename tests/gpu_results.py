@@ -29,7 +29,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def write(stats: dict[str, list[Any]], gpus: str, folder: Path) -> Path | None:
     """Writes the outcomes of GPU tests among pytest's ``stats``; returns the file, or ``None`` if none ran."""
     outcomes = {
-        kind: [report for report in stats.get(kind, []) if "gpu" in report.keywords]
+        # By name, since every worker has its own report of a file that cannot be imported.
+        kind: list({report.nodeid: report for report in stats.get(kind, []) if _is_of_a_gpu(report)}.values())
         for kind in ("passed", "failed", "skipped", "error")
     }
     reports = [report for kind in ("passed", "failed", "error") for report in outcomes[kind]]
@@ -45,15 +46,24 @@ def write(stats: dict[str, list[Any]], gpus: str, folder: Path) -> Path | None:
         "",
         *_table(
             ("test", "measured", "value"),
-            [(_name(r), what, str(value)) for r in reports for what, value in r.user_properties],
+            [(_name(r), what, str(value)) for r in reports for what, value in getattr(r, "user_properties", ())],
         ),
         "",
-        *_table(("test", "outcome", "seconds"), [(_name(r), r.outcome, f"{r.duration:.1f}") for r in reports]),
+        *_table(
+            ("test", "outcome", "seconds"), [(_name(r), r.outcome, f"{getattr(r, 'duration', 0):.1f}") for r in reports]
+        ),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now:%Y-%m-%d}-{gpus.replace(' × ', 'x').replace(' ', '-')}-gpu-tests.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _is_of_a_gpu(report: Any) -> bool:
+    if isinstance(report, pytest.CollectReport):
+        # Whether a file that cannot be imported has any, nobody knows.
+        return report.failed
+    return "gpu" in report.keywords
 
 
 def _name(report: Any) -> str:

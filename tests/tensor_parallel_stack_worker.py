@@ -21,7 +21,7 @@ from examples.model import one_by_one_on_several_meshes, parallelize
 from lightning_int8 import FallbackInt8Precision, consolidate_checkpoint
 from lightning_int8.plugin_core import clip_grad_norm
 from tests.stack_worker import BATCH, LENGTH, VOCABULARY, Module
-from tests.tiny import GPU_RECIPE, thresholds, trainer
+from tests.tiny import NEAREST_RECIPE, thresholds, trainer
 from tests.two_processes import add_up_in_order
 
 STEPS = 6
@@ -70,7 +70,7 @@ def tokens() -> Tensor:
 
 
 def plugin() -> FallbackInt8Precision:
-    return FallbackInt8Precision(GPU_RECIPE, "32-true", ignore_modules=["lm_head"])
+    return FallbackInt8Precision(NEAREST_RECIPE, "32-true", ignore_modules=["lm_head"])
 
 
 def run(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SUITE = """
 import pytest
 
@@ -35,9 +37,14 @@ gpu_results.RESULTS = pathlib.Path(__file__).parent / "results"
 """
 
 
-def test_several_workers_write_one_file_of_gpu_tests(tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "outcome"), [(False, "1 passed, 1 failed, 1 skipped"), (True, "1 passed, 1 failed, 1 skipped, 1 error")]
+)
+def test_several_workers_write_one_file_of_gpu_tests(tmp_path, broken, outcome):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "test_suite.py").write_text(SUITE)
+    if broken:
+        (tmp_path / "below" / "test_broken.py").write_text("import no_such_module")
     (tmp_path / "machine.py").write_text(PLUGIN)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     root = Path(__file__).parents[1]
@@ -50,6 +57,7 @@ def test_several_workers_write_one_file_of_gpu_tests(tmp_path):
     assert str(file) in done.stdout
     assert file.name.endswith("-2xNVIDIA-H200-gpu-tests.md")
     text = file.read_text()
-    assert "Outcome: 1 passed, 1 failed, 1 skipped" in text
+    assert f"Outcome: {outcome}\n" in text
+    assert ("test_broken.py" in text) == broken
     assert "| peak memory | 1.5 GiB |" in text
     assert "elsewhere" not in text

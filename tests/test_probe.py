@@ -85,9 +85,10 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
     dy[::2] *= 1e-4
     recipes = {
         "row": PRESETS["row"],
+        "row, nearest": dataclasses.replace(PRESETS["row"], stochastic_rounding="nothing"),
         "jetfire": PRESETS["jetfire"],
-        "row, stochastic": dataclasses.replace(PRESETS["row"], stochastic_rounding=True),
-        "block, stochastic": dataclasses.replace(PRESETS["jetfire"], stochastic_rounding=True),
+        "row, stochastic": dataclasses.replace(PRESETS["row"], stochastic_rounding="all"),
+        "block, stochastic": dataclasses.replace(PRESETS["jetfire"], stochastic_rounding="all"),
     }
     result = probe_of_one_linear(dy, {"exact": F.linear, **methods(recipes)})
     (row,) = result.linears
@@ -103,15 +104,17 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
     assert small("jetfire", "dx_small") == (0.0, 0.0)
     assert small("jetfire", "dw_small") == (pytest.approx(0.0, abs=0.01), pytest.approx(0.0, abs=0.01))
     # A scale for each token in the dgrad, one over all tokens in the wgrad. SQNR of all of dW shows nothing.
-    assert small("row", "dx_small") == (pytest.approx(42.5, abs=1), pytest.approx(1.0, abs=1e-3))
-    assert small("row", "dw_small") == (pytest.approx(0.0, abs=0.01), pytest.approx(0.0, abs=0.01))
-    assert result.column("row", "dw") > 38
+    assert small("row, nearest", "dx_small") == (pytest.approx(42.5, abs=1), pytest.approx(1.0, abs=1e-3))
+    assert small("row, nearest", "dw_small") == (pytest.approx(0.0, abs=0.01), pytest.approx(0.0, abs=0.01))
+    assert result.column("row, nearest", "dw") > 38
+    assert small("row", "dx_small") == small("row, nearest", "dx_small")
     for name in ("dx_small", "dw_small"):
         assert small("float8 rowwise", name) == (pytest.approx(27, abs=3), pytest.approx(1.0, abs=0.01)), name
         sqnr, slope = small("block, stochastic", name)
         assert sqnr < -15, name
         assert slope == pytest.approx(1.0, abs=0.25), name
-    assert small("row, stochastic", "dw_small")[1] == pytest.approx(1.0, abs=0.25)
+    for method in ("row", "row, stochastic"):
+        assert small(method, "dw_small")[1] == pytest.approx(1.0, abs=0.25), method
 
 
 def test_small_gradients_through_a_network():
