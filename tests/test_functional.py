@@ -221,7 +221,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats(recipe):
     assert torch.equal(first["dX"], again["dX"])
     assert torch.equal(first["dW"], again["dW"])
     reference = exact(x, weight, None, dy)["dX"].sum(0)
-    nearest = gradients(x, weight, None, dy, recipe={"preset": recipe, **NONE})["dX"].double().sum(0)
+    nearest = gradients(x, weight, None, dy, recipe={**both, "stochastic_rounding": "nothing"})["dX"].double().sum(0)
     stochastic = first["dX"].double().sum(0)
     assert (stochastic - reference).norm() < 0.3 * (nearest - reference).norm()
 
@@ -316,7 +316,7 @@ def test_many_tokens_are_split_where_the_int32_bound_ends(monkeypatch):
     monkeypatch.setattr(functional, "MAX_WGRAD_TOKENS", 128)
     value, reference = gradients(x, weight, None, dy), exact(x, weight, None, dy)
     for name in reference:
-        assert_close(name, reference[name], value[name], 25)
+        assert_close(name, reference[name], value[name], 22)
 
 
 def test_an_empty_batch_is_empty():

@@ -77,7 +77,9 @@ def test_documented_files_exist() -> None:
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
             assert (ROOT / link).exists(), f"{document}: {link}"
         for name in re.findall(r"examples/configs/\w+\.yaml|-m (examples\.\w+)", text):
-            assert not name or (ROOT / (name.replace(".", "/") + ".py")).exists(), f"{document}: {name}"
+            module = ROOT / name.replace(".", "/")
+            found = module.with_suffix(".py").exists() or (module / "__main__.py").exists()
+            assert not name or found, f"{document}: {name}"
 
 
 def test_constraints_pin_every_dependency() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,10 @@ def test_diffused_errors_cancel_within_a_run():
 def probed(x: Tensor, dy: Tensor, names: list[str]) -> LinearProbe:
     """The probe of one linear, with its input and its output's gradient, by these levers and by the recipes."""
     recipes = {name: PRESETS[name] for name in ("row", "block")}
+    recipes |= {
+        f"{name} to nearest": dataclasses.replace(recipe, stochastic_rounding="nothing")
+        for name, recipe in recipes.items()
+    }
     compared = {name: methods()[name] for name in names} | probe_methods(recipes, float8=False)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(x.shape[1], dy.shape[1], bias=False))
@@ -48,8 +54,9 @@ def probed(x: Tensor, dy: Tensor, names: list[str]) -> LinearProbe:
 def test_the_simulation_of_row_and_block_is_as_good_as_the_recipes():
     torch.manual_seed(0)
     x, dy = torch.randn(1024, 512) * torch.rand(1024, 1), torch.randn(1024, 256) * torch.rand(1024, 1) ** 4
-    row = probed(x, dy, ["row 0.2", "block, nearest"])
-    for simulated, recipe in (("row 0.2", "row"), ("block, nearest", "block")):
+    pairs = {"row 0.2": "row to nearest", "block, nearest": "block to nearest", "dW stochastic below 1": "row"}
+    row = probed(x, dy, list(pairs))
+    for simulated, recipe in pairs.items():
         assert row.sqnr[simulated] == pytest.approx(row.sqnr[recipe], abs=0.3), recipe
 
 
