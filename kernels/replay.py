@@ -160,7 +160,9 @@ class _Program(NamedTuple):
                 texts[at] = f"Descriptor(p{tensor} + {offset}, {', '.join(map(named, rest))})"
             lines.append(f"    {named(compiled.run)}({', '.join(map(str, grid))}, stream, {', '.join(texts)})")
         returned = ", ".join(f"t{i}" for i in range(len(self.made)))
-        lines.append(f"    return {returned}" if self.single else f"    return ({returned},)")
+        if not self.single:
+            returned = f"({returned},)" if returned else "()"
+        lines.append(f"    return {returned}")
         exec("\n".join(lines), names)
         return names["repeated"]
 

@@ -181,6 +181,21 @@ def test_empty_tensors_and_sequences(kernel):
     assert len(kernel.repeated) == 2 * 2 * 2
 
 
+def test_a_function_may_write_into_its_argument_alone(kernel):
+    launch = CachedLaunch(kernel)
+
+    def function(x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        launch[(1,)](x, out, 3, factor=2.0)
+        return ()
+
+    repeated = Replayed(function)
+    for _ in range(4):
+        x, out = torch.randn(3), torch.empty(3)
+        assert repeated(x, out) == ()
+        assert torch.equal(out, 2 * x)
+    assert len(kernel.repeated) == 2
+
+
 def test_launches_are_noted_and_profiled_as_without_it(kernel, doubled_thrice):
     from triton import knobs
 
