@@ -19,6 +19,7 @@ from examples.study.__main__ import main
 from examples.study.module import StudyModule
 from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, _take
+from examples.study.results import write_results
 from examples.study.train import OutOfTimeError, train
 
 SMALL = {"vocab_size": 301, "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "max_seq_len": 32}
@@ -110,6 +111,16 @@ def test_a_run_that_branches_goes_on_where_its_parent_was(study):
     assert float(rows["int8"]["late_gap_millinats"]) == pytest.approx(1e3 * sum(late) / 3, abs=0.006)
     assert float(rows["same"]["late_gap_millinats"]) == 0
     assert rows["parent"]["late_gap_millinats"] == ""
+
+
+def test_runs_of_a_few_steps_have_results_too(tmp_path, shared):
+    shared = {**shared, "tokens": 3 * 4 * 32, "evaluations": 1}
+    runs = [Run("base"), Run("row", int8={"preset": "row", "block_size": 16})]
+    write_results(tmp_path, [(run, train(run, shared, tmp_path / run.name, None)) for run in runs], shared)
+    with open(tmp_path / "results.csv", newline="") as lines:
+        row = list(csv.DictReader(lines))[1]
+    assert (row["run"], row["late_gap_millinats"]) == ("row", "")
+    assert float(row["gap_percent"]) == pytest.approx(0, abs=1)
 
 
 def test_a_stopped_run_counts_the_time_of_all_its_tokens(shared, tmp_path, monkeypatch):

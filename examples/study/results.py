@@ -71,13 +71,15 @@ def _baseline(finished: Finished, run: Run) -> dict[str, Any] | None:
     return next((result for other, result in finished if other.name == run.branch_from), None)
 
 
-def _late_gap(result: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
+def _late_gap(result: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
     """Mean gap of the training losses over the last quarter of the steps, and its standard error, in 10^-3 nats.
 
-    On the same batches, so that it shows what is far below the noise of a loss.
+    On the same batches, so that it shows what is far below the noise of a loss. ``None`` for fewer than two steps.
     """
     mine, other = result["curve"]["train_loss"], base["curve"]["train_loss"]
     gaps = [1e3 * (loss - other[step]) for step, loss in mine.items() if int(step) > 0.75 * result["steps"]]
+    if len(gaps) < 2:
+        return None
     return statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
@@ -101,8 +103,8 @@ def _rows(folder: Path, finished: Finished) -> list[dict[str, Any]]:
             gap = result["val_loss"] - base["val_loss"]
             row["gap_percent"] = f"{100 * gap / base['val_loss']:+.3f}"
             row["weights_gap_percent"] = f"{100 * (result['val_loss_full_precision'] / base['val_loss'] - 1):+.3f}"
-            late, error = _late_gap(result, base)
-            row |= {"late_gap_millinats": f"{late:+.2f}", "late_gap_error": f"{error:.2f}"}
+            if (late := _late_gap(result, base)) is not None:
+                row |= {"late_gap_millinats": f"{late[0]:+.2f}", "late_gap_error": f"{late[1]:.2f}"}
             if deviation and _group(run) == _group(SEEDS):
                 row["gap_in_seed_deviations"] = f"{gap / deviation:+.1f}"
         rows.append(row)

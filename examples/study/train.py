@@ -178,7 +178,10 @@ def train(
         "curve": {"train_loss": curve.train_loss, "val_loss": curve.val_loss},
     }
     if run.keep_weights:
-        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, folder / WEIGHTS)
+        # At once, since runs that start from it wait for the file.
+        whole = folder / ".weights.partial"
+        torch.save({name: value.cpu() for name, value in module.state_dict().items()}, whole)
+        whole.replace(folder / WEIGHTS)
     # Last, since its presence says that the run is complete.
     partial = folder / ".result.partial"
     partial.write_text(json.dumps(result))
