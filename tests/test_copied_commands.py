@@ -93,10 +93,10 @@ def test_strategies_from_their_files_train_alike(folder: Path) -> None:
     ):
         assert trained[name].keys() == trained[like].keys()
         for key, expected in trained[like].items():
-            # AdamW has moved each weight by about this much. The norm to clip is added up in another order, which the
-            # noise of INT8's rounding and AdamW magnify.
+            # AdamW has moved each weight by about this much. The norm to clip is added up in another order, which INT8
+            # and AdamW magnify.
             moved = 2e-3 * expected.numel() ** 0.5
-            assert (trained[name][key] - expected).norm() < 5e-2 * moved, f"{name}, {key}"
+            assert (trained[name][key] - expected).norm() < 1e-2 * moved, f"{name}, {key}"
     for name in ("tensor parallel", "FSDP2 × tensor parallel"):
         assert {key: t.shape for key, t in trained[name].items()} == {key: t.shape for key, t in trained["DDP"].items()}
         assert all(t.isfinite().all() for t in trained[name].values())

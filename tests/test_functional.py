@@ -314,9 +314,10 @@ def test_many_tokens_are_split_where_the_int32_bound_ends(monkeypatch):
 
     x, weight, dy = heavy_tailed(300, 64, 32)
     monkeypatch.setattr(functional, "MAX_WGRAD_TOKENS", 128)
-    value, reference = gradients(x, weight, None, dy), exact(x, weight, None, dy)
+    nearest = {"stochastic_rounding": "nothing"}
+    value, reference = gradients(x, weight, None, dy, recipe=nearest), exact(x, weight, None, dy)
     for name in reference:
-        assert_close(name, reference[name], value[name], 22)
+        assert_close(name, reference[name], value[name], 25)
 
 
 def test_an_empty_batch_is_empty():
