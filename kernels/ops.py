@@ -43,11 +43,15 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"lightning_int8::{name}", lib=_library)
 
 
+def _repeated(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of ``backend``, repeated from what it launched before if it launches anything."""
+    return function if backend == "reference" else Replayed(function)
+
+
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """``backend``'s function, repeated from what it launched before if it launches anything."""
-    function = getattr(backends.load(backend), name)
-    return function if backend == "reference" else Replayed(function)
+    """``backend``'s function."""
+    return _repeated(backend, getattr(backends.load(backend), name))
 
 
 def _may_count() -> bool:
@@ -200,7 +204,7 @@ def _product(backend: str, kernel: str, grouped: bool) -> Callable[..., Tensor]:
         return function(a, b, out_dtype, group_blocks) if grouped else function(a, b, bias, out_dtype)
 
     # Groups' sums are freed one after another, which memory shared by all that is not returned would not be.
-    return product if grouped or backend == "reference" else Replayed(product)
+    return product if grouped else _repeated(backend, product)
 
 
 def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:

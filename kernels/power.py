@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count
-from lightning_int8.kernels.replay import Replayed
+from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated
 
 # Columns of a layer's state, behind those that the quantize kernels write.
 POWER_SUM, STEP_SUM, POWER_COUNT = 5, 6, 7
@@ -29,10 +28,9 @@ def sampling(rows: int) -> tuple[int, int]:
 
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """The function ``name``; both native backends share one, whose launch is repeated."""
+    """The function ``name``; both native backends share one."""
     module = "power_reference" if backend == "reference" else "power_sums"
-    function = getattr(import_module(f"lightning_int8.kernels.{module}"), name)
-    return function if backend == "reference" else Replayed(function)
+    return _repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
 @_define("measure_power", mutates=["state"])

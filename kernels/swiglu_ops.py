@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row
+from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row
 from lightning_int8.kernels.planes import padded
-from lightning_int8.kernels.replay import Replayed
 
 
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """The function ``name``; both native backends share one, whose launches are repeated."""
+    """The function ``name``; both native backends share one."""
     if backend == "reference":
         module = "swiglu_reference"
     else:
@@ -25,7 +24,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     function = getattr(import_module(f"lightning_int8.kernels.{module}"), name)
     if name == "swiglu_gradient":
         function = _writing_over(function)
-    return function if backend == "reference" else Replayed(function)
+    return _repeated(backend, function)
 
 
 def _writing_over(gradient: Callable[..., Any]) -> Callable[..., Any]:
