@@ -1,0 +1,68 @@
+"""The ground truth of `quantize_hadamard`: what a Hadamard transform over tokens leaves to quantize in the wgrad.
+
+``dW = dYᵀ X`` is a sum over tokens, so an orthogonal transform of the tokens, the same for dY and X, leaves it as it
+is: ``(R dY)ᵀ (R X) = dYᵀ X``. Each value of ``R x`` holds a share of 128 tokens, large and small ones, so that one
+scale a feature and 8 bits are enough without fallback.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
+from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE
+from lightning_int8.kernels.reference import _over
+
+
+def signs(device: torch.device) -> Tensor:
+    """D's diagonal, float32 ``[128]``: ``(-1)^(b0·b1 + b2·b3 + b4·b5)`` of the bits ``b`` of a token's place.
+
+    A quadratic form, so that what would meet one row of H alone, a constant or any other Walsh function, is spread over
+    64 of the 128 places.
+    """
+    place = torch.arange(TOKENS, device=device)
+    pairs = place & (place >> 1) & 0b010101
+    return 1.0 - 2.0 * ((pairs ^ (pairs >> 2) ^ (pairs >> 4)) & 1)
+
+
+def transform(x: Tensor) -> Tensor:
+    """``H D x / 128`` of each 128 adjacent rows of float32 ``x [M', Q]``; it is ``R x`` less a factor of ``sqrt(128)``.
+
+    ``H[i, j] = (-1)^popcount(i & j)``. Divided before the sums, which then overflow nowhere.
+    """
+    mixed = x.unflatten(0, (-1, TOKENS)) * (signs(x.device) / TOKENS)[:, None]
+    for bit in range(TOKENS.bit_length() - 1):
+        a, b = mixed.unflatten(1, (-1, 2, 1 << bit)).unbind(2)
+        mixed = torch.stack([a + b, a - b], 2).flatten(1, 3)
+    return mixed.flatten(0, 1)
+
+
+def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """Quantizes ``R x`` to 8 bits with one scale a column over all tokens: X or dY as the wgrad's operand.
+
+    Rows are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
+    Products of two such operands cannot overflow INT32 up to ``planes.MAX_WGRAD_TOKENS`` tokens.
+
+    The sums of 128 values are float32, and a kernel may take them in another order: scales differ by up to about
+    1e-6 of themselves, and integers by one where a value lies that near to a tie.
+
+    Args:
+        x: float ``[M, Q]``, any strides.
+        up: ``None``, or like ``x``: what is transformed is ``silu(x)·up``, as PyTorch rounds it in the dtype of ``x``.
+        block: Block edge of the wgrad.
+
+    Returns:
+        ``low_t`` int8 ``[Q, M']`` with ``M' = padded_tokens(M, block)``, contiguous, and ``scale`` float32 ``[Q]``:
+        ``low_t·scale`` is about ``(R x)ᵀ``. A column with NaN or infinity has it in its scale, and integers 0.
+    """
+    if up is not None:
+        x = F.silu(x) * up
+    rows, columns = x.shape
+    mixed = transform(F.pad(x.float(), (0, 0, 0, padded_tokens(rows, block) - rows)))
+    if mixed.numel() == 0:
+        return mixed.t().to(torch.int8).contiguous(), mixed.new_full((columns,), MIN_SCALE)
+    scale = (_over(mixed.abs().amax(0), INT8_MAX) * TOKENS**0.5).clamp_min(MIN_SCALE)
+    q = (mixed * (TOKENS**0.5 / scale)).round_().nan_to_num_(0.0).to(torch.int8)
+    return q.t().clone(memory_format=torch.contiguous_format), scale
