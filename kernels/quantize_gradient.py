@@ -84,7 +84,8 @@ def quantize_row_gradient(
         weight_scale: ``t``, contiguous float32 ``[N]``, or ``None``: no A.
         input_scale: ``s``, contiguous float32 ``[M]``, or ``None``: no G.
         input_int_max: Contiguous float32 ``[M]``; goes with ``input_scale``.
-        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G row 2, updated in place when ``update``.
+        state: float32 ``[operands, 4]`` or ``None``: A uses row 1 and G, if there is one, row 2, updated in place when
+            ``update``.
         seed_rate: See `reference.fallback_mask`.
         capacity: Most blocks of A, and of G, that may fall back; 0 turns fallback off.
         update: Whether ``state`` may change.
@@ -136,11 +137,12 @@ def quantize_row_gradient(
     a_inverse, g_inverse = new.float32(rows), new.float32(*groups, columns)
     a_seed = new.int32(1) if has_a and stochastic == "all" else None
     g_seed = new.int32(1) if has_g and stochastic != "nothing" else None
+    g_state = operand_state(state, 2) if has_g else None
     sizes = select_sizes(block, blocks, max(row_blocks, column_blocks))
     with on(dy):
         gradient_select[(row_blocks + column_blocks, blocks_along(block, sizes["PART"]))](
             found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), a_slot,
-            a_scale, a_inverse, a_seed, found.g_block_amax, operand_state(state, 2), found.g_amax, found.g_weight,
+            a_scale, a_inverse, a_seed, found.g_block_amax, g_state, found.g_amax, found.g_weight,
             found.int_sums, _INT32_LIMIT * 2.0**-31, g_slot, group_blocks or row_blocks, g_scale, g_inverse, g_seed,
             found.column_sums, dbias, seed_count(blocks, seed_rate), capacity, int(update), rows, columns,
             FALLBACK=fallback, **sizes,

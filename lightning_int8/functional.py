@@ -4,8 +4,8 @@
     dgrad     dX = dY W
     wgrad     dW = dYᵀ X
 
-Each runs in INT8 when the recipe says so, otherwise in X's dtype. What is saved for the backward is X's transposed INT8
-planes and scales (or X itself when the wgrad is not INT8), a reference to the weight, and its scales; W's integers are
+Each runs in INT8 when the recipe says so, otherwise in X's dtype. What is saved for the backward is X's INT8 operand
+of the wgrad (or X itself when the wgrad is not INT8), a reference to the weight, and its scales; W's integers are
 made again for the dgrad, which costs little beside the token-sized tensors and keeps sharded (FSDP) weights free to go,
 unless its planes are kept between optimizer steps (:mod:`lightning_int8.weight_planes`).
 """
@@ -52,7 +52,7 @@ class _Int8Linear(torch.autograd.Function):
         weight_scale = None
         if needs[1]:
             saved = planes.saved if recipe.wgrad and planes is not None else (x,)
-        if recipe.forward and planes is not None:
+        if recipe.forward and planes is not None and planes.operand is not None:
             w = (weight_planes or scheme.quantize_weight(weight, False, backend)).forward
             assert w is not None
             if weight_planes is None and needs[0] and recipe.dgrad and scheme.quantizes_weight_once:

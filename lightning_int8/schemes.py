@@ -7,22 +7,23 @@ quantization must keep for the backward is a tuple of tensors, so that autograd 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
+from lightning_int8.kernels.hadamard_ops import quantize_hadamard
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
 from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.recipe import Int8Recipe
 
 
 class QuantizedInput(NamedTuple):
-    """X quantized for the forward GEMM, what to keep for the wgrad, and what the INT8 product leaves out."""
+    """X for the forward GEMM (or ``None``: it is not INT8), what to keep for the wgrad, what the product leaves out."""
 
-    operand: QuantizedMatrix
+    operand: QuantizedMatrix | None
     saved: tuple[Tensor, ...]
     remainder: Tensor | None = None
 
@@ -127,28 +128,55 @@ class _BlockFallback:
 
 
 class RowScheme(_BlockFallback):
-    """One scale a row; the backward folds X's and W's scales into dY, so X and W are quantized once."""
+    """One scale a row; the backward folds W's scales into dY, so W is quantized once.
+
+    For the wgrad X and dY are quantized apart, transformed (``wgrad_hadamard``). Otherwise X's planes serve there too,
+    and the backward folds their scales into dY.
+    """
+
+    def __init__(self, recipe: Int8Recipe) -> None:
+        super().__init__(recipe)
+        self.hadamard = recipe.transforms_wgrad
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
+        transformed = quantize_hadamard(x, None, self.block, backend) if wgrad and self.hadamard else ()
+        if self.hadamard and not self.recipe.forward:
+            return QuantizedInput(None, transformed)
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        transpose = wgrad and not self.hadamard
+        planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, transpose, backend)
         self._measure_power(x, state, 0, update, backend, step=planes[5])
-        return self.input_of(planes, tuple(x.shape), wgrad)
+        operand, kept = self._parted(planes, tuple(x.shape))
+        return QuantizedInput(operand, kept if transpose else transformed)
 
-    def input_of(self, planes: Sequence[Tensor], size: tuple[int, int], wgrad: bool) -> QuantizedInput:
-        """X of ``size`` from the seven tensors that `ops.quantize_row` returns."""
+    def _parted(
+        self, planes: Sequence[Tensor], size: tuple[int, int]
+    ) -> tuple[QuantizedMatrix, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """What `ops.quantize_row` returns, as the forward's operand of ``size`` and as what a wgrad takes."""
         low, low_t, high, high_t, slot, scale, int_max = planes
-        operand = self._matrix(low, high, slot, scale, size, high.shape[0])
-        return QuantizedInput(operand, (low_t, high_t, slot, scale, int_max) if wgrad else ())
+        return self._matrix(low, high, slot, scale, size, high.shape[0]), (low_t, high_t, slot, scale, int_max)
 
     def quantize_swiglu(
-        self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, backend: str
-    ) -> tuple[Tensor, ...]:
-        """``silu(gate)·up`` ``[M, N]``, and what `input_of` takes of it."""
+        self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
+    ) -> QuantizedInput:
+        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
         rate, capacity = self._fallback(gate, self.recipe.activation_band)
-        h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        keep = wgrad and not recompute
+        transpose = keep and not self.hadamard
+        h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, transpose, backend)
         self._measure_power(h, state, 0, update, backend, step=planes[5])
-        return h, *planes
+        operand, kept = self._parted(planes, tuple(h.shape))
+        if self.hadamard:
+            return QuantizedInput(operand, quantize_hadamard(h, None, self.block, backend) if keep else ())
+        return QuantizedInput(operand, kept if keep else kept[2:] if wgrad else ())
+
+    def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
+        """What `quantize_swiglu` saves without ``recompute``, given what it saves with it."""
+        if self.hadamard:
+            return quantize_hadamard(gate, up, self.block, backend)
+        slot, scale, _ = saved
+        _, capacity = self._fallback(gate, self.recipe.activation_band)
+        return *swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend), *saved
 
     def quantize_weight(self, weight, transposed, backend):
         low, low_t, _, _, _, scale, _ = ops.quantize_row(
@@ -169,7 +197,7 @@ class RowScheme(_BlockFallback):
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
-        low_t, high_t, slot, input_scale, int_max = saved or [None] * 5
+        low_t, high_t, slot, input_scale, int_max = self._folded(saved)
         a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
             dy,
             weight_scale,
@@ -180,7 +208,7 @@ class RowScheme(_BlockFallback):
             capacity,
             self.block,
             update,
-            self.recipe.stochastic_rounding,
+            "nothing" if self.hadamard else self.recipe.stochastic_rounding,
             bias,
             backend,
             statistics,
@@ -191,10 +219,20 @@ class RowScheme(_BlockFallback):
         dgrad = wgrad = input_transposed = None
         if weight is not None:
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
-        if low_t is not None and high_t is not None and slot is not None:
+        if saved and self.hadamard:
+            wgrad = self._transformed(*quantize_hadamard(dy, None, self.block, backend))
+            input_transposed = self._transformed(*saved)
+        elif low_t is not None and high_t is not None and slot is not None:
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
             input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
+
+    def _folded(self, saved: Sequence[Tensor] | None) -> Sequence[Any]:
+        """What was saved of X where its scales are folded into dY, else five times ``None``."""
+        return saved if saved and not self.hadamard else [None] * 5
+
+    def _transformed(self, low: Tensor, scale: Tensor) -> QuantizedMatrix:
+        return QuantizedMatrix(low, None, None, scale, tuple(low.shape), self.block)
 
     def _group_blocks(self) -> int:
         return (self.recipe.wgrad_group_tokens or 0) // self.block
@@ -216,16 +254,10 @@ class RowScheme(_BlockFallback):
         """
         _, capacity = self._fallback(gate, self.recipe.gradient_band)
         gate_scale, up_scale = (None if w is None else w.fold for w in weights)
-        _, _, _, input_scale, int_max = saved or [None] * 5
+        _, _, _, input_scale, int_max = self._folded(saved)
         return swiglu_ops.swiglu_gradient(
             dh, gate, up, gate_scale, up_scale, input_scale, int_max, capacity, self.block, bias, backend
         )
-
-    def swiglu_planes(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, Tensor]:
-        """The transposed planes that `quantize_swiglu` makes, given ``saved``, its slots, scales and integer maxima."""
-        slot, scale, _ = saved
-        _, capacity = self._fallback(gate, self.recipe.activation_band)
-        return swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend)
 
     def gemm(self, a, b, bias, out_dtype, backend):
         # Only dY as the wgrad's operand has scales by groups.

@@ -60,33 +60,32 @@ class _Int8SwiGLU(torch.autograd.Function):
             scales.append(w.scale)
             return scheme.gemm(operand, w, biases[i], dtype, backend)
 
-        gate, up = project(0, planes.operand), project(1, planes.operand)
-        keep_planes = needs[3] and recipe.recompute_swiglu == "nothing"
-        h, *h_planes = scheme.quantize_swiglu(gate, up, states[2][0], update, keep_planes, backend)
-        hidden = scheme.input_of(h_planes, tuple(h.shape), keep_planes)
+        operand: Any = planes.operand
+        gate, up = project(0, operand), project(1, operand)
+        recompute = recipe.recompute_swiglu != "nothing"
+        hidden: Any = scheme.quantize_swiglu(gate, up, states[2][0], update, needs[3], recompute, backend)
         y = project(2, hidden.operand)
         if any(needs):
             if recipe.recompute_swiglu != "all":
                 activations: tuple[Tensor | None, ...] = (gate, up)
-            elif planes.saved:
+            elif planes.saved and not scheme.hadamard:
                 # X's operand can be made of its transposed planes.
                 activations = (gate_bias, up_bias)
             else:
-                operand = planes.operand
                 activations = (gate_bias, up_bias, operand.low, operand.high, operand.slot, operand.scale)
             groups: tuple[tuple[Tensor | None, ...], ...] = (
                 weights,
                 tuple(scales),
                 activations,
                 planes.saved,
-                hidden.saved if keep_planes else tuple(h_planes[4:]) if needs[3] else (),
+                hidden.saved,
             )
             ctx.group_sizes = [len(group) for group in groups]
             ctx.save_for_backward(*[tensor for group in groups for tensor in group])
         # Not saved tensors, which may not change until the backward: a layer called twice counts in both backwards.
         ctx.states, ctx.kept = states, kept
         ctx.recipe, ctx.backend, ctx.dtype, ctx.needs, ctx.update = recipe, backend, dtype, needs, update
-        ctx.input_size, ctx.input_dtype, ctx.hidden_size = tuple(x.shape), x.dtype, tuple(h.shape)
+        ctx.input_size, ctx.input_dtype, ctx.hidden_size = tuple(x.shape), x.dtype, tuple(gate.shape)
         ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
         return y
 
@@ -113,7 +112,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         else:
             gate, up = kept_activations
         if needs_down_dw and recipe.recompute_swiglu != "nothing":
-            h_saved = (*scheme.swiglu_planes(gate, up, h_saved, backend), *h_saved)
+            h_saved = scheme.swiglu_saved(gate, up, h_saved, backend)
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
         # The wgrad first, since it needs the planes of h, so that those are gone before dh is made.

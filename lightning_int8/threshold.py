@@ -59,10 +59,12 @@ class FallbackState:
         self.recipe = recipe
         self.columns = COLUMNS if recipe.budget is None else budget.COLUMNS
         fallback = recipe.activation_band[1] > 0 or recipe.gradient_band[1] > 0
-        self.operands: tuple[str, ...] = _OPERANDS[recipe.scaling] if fallback else ()
+        operands = _OPERANDS[recipe.scaling][: 2 if recipe.transforms_wgrad else None]
+        self.operands: tuple[str, ...] = operands if fallback else ()
         # X meets W in the forward and dY in the wgrad; dY meets W, with the in-features as columns, and X.
-        x, dgrad = features[0] * (recipe.forward + recipe.wgrad), features[1] * recipe.dgrad
-        wgrad = features[1] * recipe.wgrad
+        wgrad_falls_back = recipe.wgrad and not recipe.transforms_wgrad
+        x, dgrad = features[0] * (recipe.forward + wgrad_falls_back), features[1] * recipe.dgrad
+        wgrad = features[1] * wgrad_falls_back
         self.input_group: int | None = None
         self.mmas = {"x": x, "dy_dgrad": dgrad, "dy_wgrad": wgrad, "dy": dgrad + wgrad}
         self.parts: tuple[Tensor, Tensor] | None = None
@@ -141,8 +143,8 @@ class FallbackState:
             raise ValueError(
                 f"Thresholds for operands {list(state['operands'])} ({state['tensor'].shape[1]} numbers each) cannot "
                 f"be restored into a layer whose recipe {self.recipe.describe()} has {list(self.operands)} "
-                f"({self.columns} each). Use the recipe the checkpoint was trained with, "
-                "or drop the saved thresholds to seed new ones."
+                f"({self.columns} each). Use the recipe the checkpoint was trained with (for three operands of 'row': "
+                "wgrad_hadamard=False), or drop the saved thresholds to seed new ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 

@@ -60,6 +60,17 @@ def test_a_recipe_is_frozen_and_hashable():
             r"with scaling='vector', .* Set it to 'nothing'",
         ),
         ({"forward": False, "dgrad": False, "wgrad": False}, ValueError, r"none of forward, dgrad and wgrad"),
+        (
+            {"wgrad_group_tokens": 4096},
+            ValueError,
+            r"wgrad_group_tokens=4096 with wgrad_hadamard=True, .* Set wgrad_hadamard=False",
+        ),
+        (
+            {"stochastic_rounding": "all"},
+            ValueError,
+            r"stochastic_rounding='all' with wgrad_hadamard=True, .* Choose stochastic_rounding='small', or",
+        ),
+        ({"wgrad_hadamard": 128}, TypeError, r"wgrad_hadamard=128 must be true or false"),
         ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
         (
             {"wgrad_group_tokens": 1000},

@@ -38,7 +38,7 @@ def state_of(row: list[float], recipe: Int8Recipe = RECIPE) -> FallbackState:
 def test_threshold_moves_by_the_factor_only_when_the_rate_left_its_band(fallback, total, expected):
     state = state_of([2.0, fallback, total, NAN])
     update_thresholds([state])
-    wanted = torch.tensor([expected, 0.0, 0.0, fallback / total]).expand(3, 4)
+    wanted = torch.tensor([expected, 0.0, 0.0, fallback / total]).expand(2, 4)
     torch.testing.assert_close(state.tensor[:, :4], wanted)
 
 
@@ -62,13 +62,13 @@ def test_each_operand_has_its_own_band():
     recipe = dataclasses.replace(RECIPE, activation_band=(0.5, 0.6), gradient_band=(0.1, 0.2), threshold_factor=2.0)
     state = state_of([1.0, 30.0, 100.0, NAN], recipe)
     update_thresholds([state])
-    assert state.tensor[:, THRESHOLD].tolist() == [0.5, 2.0, 2.0]
+    assert state.tensor[:, THRESHOLD].tolist() == [0.5, 2.0]
 
 
 def test_nothing_counted_leaves_threshold_and_last_rate():
     state = state_of([2.0, 0.0, 0.0, 0.25])
     update_thresholds([state])
-    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 3
+    assert state.tensor.tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 2
 
 
 @pytest.mark.parametrize("bad", [0.0, float("inf"), NAN, -1.0])
@@ -92,7 +92,13 @@ def test_recipes_without_fallback_have_no_state():
         assert fallback_states(model) == {}
         update_thresholds(model)
     only_gradients = FallbackState(dataclasses.replace(RECIPE, activation_band=(0.0, 0.0)))
-    assert only_gradients.operands == ("x", "dy_dgrad", "dy_wgrad")
+    assert only_gradients.operands == ("x", "dy_dgrad")
+
+
+@pytest.mark.parametrize("changed", [{"wgrad_hadamard": False}, {"wgrad": False}])
+def test_the_wgrad_has_a_threshold_where_it_falls_back(changed):
+    """A wgrad in full precision keeps its row, which nothing counts."""
+    assert FallbackState(dataclasses.replace(RECIPE, **changed)).operands == ("x", "dy_dgrad", "dy_wgrad")
 
 
 @pytest.mark.parametrize("preset", ["row", "block"])
@@ -191,7 +197,7 @@ def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(prese
 def test_state_round_trip_leaves_out_counts_and_copies():
     state = state_of([2.0, 5.0, 10.0, 0.25])
     saved = state.state_dict()
-    assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 3
+    assert saved["tensor"].tolist() == [[2.0, 0.0, 0.0, 0.25, 0.0]] * 2
     other = FallbackState(RECIPE)
     other.load_state_dict(saved)
     other.discard_counts(gradient_factor=7.0)
@@ -204,7 +210,7 @@ def test_state_round_trip_leaves_out_counts_and_copies():
 def test_discarded_counts_leave_thresholds_but_rescale_the_gradients():
     state = state_of([2.0, 5.0, 10.0, 0.25])
     state.discard_counts(gradient_factor=0.5)
-    assert state.tensor[:, :4].tolist() == [[2.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]]
+    assert state.tensor[:, :4].tolist() == [[2.0, 0.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]]
 
 
 def test_deep_copies_do_not_share_state():

@@ -19,6 +19,7 @@ from examples.study.corpus import StudyData
 from examples.study.module import StudyModule
 from examples.study.plan import Run
 from examples.study.start import BRANCH, WEIGHTS, KeepBranch, OwnSpeed
+from examples.study.turns import TakeTurns
 from lightning_int8 import FallbackInt8Precision, FallbackRateMonitor, Int8Linear
 from lightning_int8.bench.precisions import precisions
 from lightning_int8.checkpoint import VerifiedCheckpointIO
@@ -35,11 +36,12 @@ class OutOfTimeError(RuntimeError):
     Args:
         step: The step it holds.
         steps: How many the run has.
+        first: After which of them it branched from another run.
     """
 
-    def __init__(self, step: int, steps: int) -> None:
+    def __init__(self, step: int, steps: int, first: int = 0) -> None:
         super().__init__(f"stopped after {step} of {steps} steps")
-        self.share_done = step / steps
+        self.share_done = (step - first) / (steps - first)
 
 
 class StopAt(Callback):
@@ -48,11 +50,13 @@ class StopAt(Callback):
     Args:
         when: The end by `time.time()`.
         file: The checkpoint.
+        first: After which step the run branched from another.
     """
 
-    def __init__(self, when: float, file: Path) -> None:
+    def __init__(self, when: float, file: Path, first: int) -> None:
         self.when = when
         self.file = file
+        self.first = first
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,11 +74,16 @@ class StopAt(Callback):
     def _stop_when_over(self, trainer: L.Trainer) -> None:
         if time.time() >= self.when and trainer.global_step < trainer.max_steps:
             trainer.save_checkpoint(self.file)
-            raise OutOfTimeError(trainer.global_step, trainer.max_steps)
+            raise OutOfTimeError(trainer.global_step, trainer.max_steps, self.first)
 
 
 def train(
-    run: Run, shared: dict[str, Any], folder: Path, start: Path | None, stop_at: float = math.inf
+    run: Run,
+    shared: dict[str, Any],
+    folder: Path,
+    start: Path | None,
+    stop_at: float = math.inf,
+    turns: Path | None = None,
 ) -> dict[str, Any]:
     """Trains ``run`` in ``folder``, or returns the result that lies there already.
 
@@ -84,6 +93,7 @@ def train(
         folder: For the checkpoint and the results; made if missing.
         start: The file that it starts from, see :mod:`examples.study.start`.
         stop_at: `time.time()` at which it stops.
+        turns: Locked by whichever run has the device, see :mod:`examples.study.turns`; ``None``: this one has it.
 
     Returns:
         What ``result.json`` holds.
@@ -112,7 +122,9 @@ def train(
         precisions([], [run.peer])[-1].convert(module, IGNORED)
     recorder = Recorder()
     evaluate_every = max(1, math.ceil(steps / shared["evaluations"]))
+    waits = None if turns is None else TakeTurns(turns, stop_at)
     callbacks: list[Callback] = [
+        *([] if waits is None else [waits]),
         recorder,
         ModelCheckpoint(
             dirpath=folder, filename="last", train_time_interval=CHECKPOINT_EVERY, enable_version_counter=False
@@ -129,15 +141,16 @@ def train(
         if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
             monitor = FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder))
             callbacks.append(monitor)
+    branch_step = max(1, int(steps * shared["branch_at"]))
     if run.keep_branch:
-        callbacks.append(KeepBranch(max(1, int(steps * shared["branch_at"])), folder / BRANCH))
+        callbacks.append(KeepBranch(branch_step, folder / BRANCH))
     checkpoint = resumed = folder / "last.ckpt"
     if run.branch_from is not None and not checkpoint.exists():
         assert start is not None
         resumed = start
         callbacks.append(OwnSpeed(recorder))
     # Last, so that its checkpoint holds what the others did in the same step.
-    callbacks.append(StopAt(stop_at, checkpoint))
+    callbacks.append(StopAt(stop_at, checkpoint, 0 if run.branch_from is None else branch_step))
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=1,
@@ -163,6 +176,8 @@ def train(
     plain = curve.final_val_loss
     if not run.full_precision:
         plain = _validate_in_full_precision(module, _module(run, shared, steps, on_gpu), data, shared, precision)
+    if waits is not None:
+        waits.release()
     result = {
         "name": run.name,
         "digest": digest,
@@ -230,9 +245,10 @@ def extra_mmas(module: L.LightningModule, monitor: FallbackRateMonitor) -> float
         )
         # The input of the first layer may need no gradient.
         dgrad, wgrad = (0.0 if math.isnan(rate) else rate for rate in (dgrad, wgrad))
-        both = x * wgrad if child.int8_recipe.scaling == "row" else 0.0
+        in_wgrad = 0.0 if child.int8_recipe.transforms_wgrad else x
+        both = in_wgrad * wgrad if child.int8_recipe.scaling == "row" else 0.0
         plain += 3 * child.in_features * child.out_features
-        extra += child.in_features * child.out_features * (2 * x + dgrad + wgrad + both)
+        extra += child.in_features * child.out_features * (x + in_wgrad + dgrad + wgrad + both)
     return extra / plain
 
 
