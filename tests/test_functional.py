@@ -94,7 +94,7 @@ def test_more_fallback_is_more_accurate(recipe):
 
 
 def test_transformed_tokens_make_dw_more_accurate_and_keep_small_gradients():
-    """More than 16 bits for a fifth of the blocks do; where half the tokens hardly count, their part is kept on average."""
+    """More than fallback does; and of gradients that hardly count nothing is lost on average."""
     x, weight, dy = heavy_tailed(tokens=2000)
     loud = torch.rand(2000) < 0.5
     dy[~loud] *= 0.01
