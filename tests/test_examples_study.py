@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, _take
 from examples.study.results import write_results
 from examples.study.train import OutOfTimeError, train
+from examples.study.turns import TakeTurns
 
 SMALL = {"vocab_size": 301, "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "max_seq_len": 32}
 SHARED = {
@@ -45,16 +49,16 @@ def shared(tmp_path, monkeypatch) -> dict[str, Any]:
 
 @pytest.fixture
 def study(tmp_path, shared):
-    """Runs the study with some runs' YAMLs, two at a time, and returns the folder of its results."""
+    """Runs the study with some runs' YAMLs, two at a time or as told, and returns the folder of its results."""
     (tmp_path / "shared.yaml").write_text(yaml.safe_dump(shared))
     plans = tmp_path / "plans"
     plans.mkdir()
 
-    def run(**runs: dict) -> Path:
+    def run(how: str = "--devices 2", **runs: dict) -> Path:
         for name, fields in runs.items():
             (plans / f"{name}.yaml").write_text(yaml.safe_dump(fields))
         arguments = ["--shared", tmp_path / "shared.yaml", "--plans", plans, "--output", tmp_path / "out"]
-        return main([str(argument) for argument in [*arguments, "--devices", 2, "--runs", *runs]])[0]
+        return main([str(argument) for argument in [*arguments, *how.split(), "--runs", *runs]])[0]
 
     return run
 
@@ -111,6 +115,80 @@ def test_a_run_that_branches_goes_on_where_its_parent_was(study):
     assert float(rows["int8"]["late_gap_millinats"]) == pytest.approx(1e3 * sum(late) / 3, abs=0.006)
     assert float(rows["same"]["late_gap_millinats"]) == 0
     assert rows["parent"]["late_gap_millinats"] == ""
+
+
+def test_branches_are_compared_with_their_own_trunk(study):
+    row = {"preset": "row", "block_size": 16}
+    gelu = {"model": {"ffn": "gelu"}}
+    masked = {"model": {"causal": False}, "objective": "masked"}
+    folder = study(
+        # One trains, the next one gets ready.
+        "--devices 1 --ahead",
+        **{
+            "swiglu": {"keep_branch": True},
+            "gelu": {**gelu, "keep_branch": True},
+            "masked": {**masked, "keep_branch": True},
+            "swiglu-row": {"branch_from": "swiglu", "int8": row},
+            "gelu-row": {**gelu, "branch_from": "gelu", "int8": row},
+            "masked-row": {**masked, "branch_from": "masked", "int8": row},
+            "masked-fp8": {**masked, "branch_from": "masked", "peer": "fp8-rowwise"},
+            "masked-same": {**masked, "branch_from": "masked"},
+        },
+    )
+    results = _results(folder)
+    # The same masks in the trunk and its branches, in evaluations too.
+    assert results["masked-same"]["curve"] == results["masked"]["curve"]
+    with open(folder / "results.csv", newline="") as lines:
+        rows = {row["run"]: row for row in csv.DictReader(lines)}
+    for branch, trunk in (
+        ("swiglu-row", "swiglu"),
+        ("gelu-row", "gelu"),
+        ("masked-row", "masked"),
+        ("masked-fp8", "masked"),
+    ):
+        mine, base = results[branch], results[trunk]
+        losses, others = mine["curve"]["train_loss"], base["curve"]["train_loss"]
+        assert [step for step in losses if losses[step] != others[step]] == ["7", "8", "9", "10", "11", "12"]
+        late = sum(losses[step] - others[step] for step in ("10", "11", "12")) / 3
+        assert float(rows[branch]["late_gap_millinats"]) == pytest.approx(1e3 * late, abs=0.006)
+        gap, weights_gap = (
+            100 * (mine[loss] / base["val_loss"] - 1) for loss in ("val_loss", "val_loss_full_precision")
+        )
+        assert float(rows[branch]["gap_percent"]) == pytest.approx(gap, abs=6e-4)
+        assert float(rows[branch]["weights_gap_percent"]) == pytest.approx(weights_gap, abs=6e-4)
+        # Far below what parts the trunks.
+        assert abs(gap) < 1
+
+
+def test_runs_take_turns_after_the_steps_that_compile(tmp_path):
+    first, second = (TakeTurns(tmp_path / "turns", math.inf) for _ in range(2))
+
+    def start_batches(run: TakeTurns, count: int) -> None:
+        for i in range(count):
+            run.on_train_batch_start(None, None, None, i)
+
+    start_batches(first, 4)
+    start_batches(second, 3)
+    waiting = threading.Thread(target=start_batches, args=(second, 1), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    first.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    # The second has it now; who is out of time does not wait for it.
+    third = TakeTurns(tmp_path / "turns", time.time() + 0.2)
+    start_batches(third, 5)
+    assert time.time() >= third.until
+
+
+def test_what_is_done_of_a_branch_is_of_its_own_steps(shared, tmp_path):
+    train(Run("trunk", keep_branch=True), shared, tmp_path / "trunk", None)
+    branch = Run("branch", branch_from="trunk")
+    for done in (1 / 6, 2 / 6):
+        with pytest.raises(OutOfTimeError) as stopped:
+            train(branch, shared, tmp_path / "branch", tmp_path / "trunk" / "branch.ckpt", stop_at=0.0)
+        assert stopped.value.share_done == pytest.approx(done)
 
 
 def test_runs_of_a_few_steps_have_results_too(tmp_path, shared):
@@ -256,7 +334,11 @@ def test_every_yaml_of_the_study_is_a_run():
     names = [run.name for run in runs]
     assert {"bf16-seed0", "bf16-seed1", "bf16-seed2", "row", "float8-rowwise"} <= set(names)
     for run in runs:
-        assert run.parent is None or names.index(run.parent) < names.index(run.name)
+        if run.parent is not None:
+            parent = runs[names.index(run.parent)]
+            assert names.index(parent.name) < names.index(run.name)
+            # Else its weights would not fit, or its losses not compare.
+            assert (parent.model, parent.objective, parent.seed) == (run.model, run.objective, run.seed)
         assert run.int8 is None or run.recipe is not None
         LlamaConfig(**{**SMALL, **run.model})
     assert {run.name for run in runs if run.keep_weights} >= {run.init_from for run in runs if run.init_from}

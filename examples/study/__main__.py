@@ -62,6 +62,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=math.inf,
         help="stop after this time: running runs save a checkpoint; those that would not end in time start last",
     )
+    parser.add_argument(
+        "--ahead",
+        action="store_true",
+        help="let the next run of each device load and compile while one trains there; needs memory for both",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the results (%(default)s)")
     arguments = parser.parse_args(argv)
     if not arguments.plans.is_dir():
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         )
         write(job.study)
 
-    work_off(order, devices, caches, began + arguments.seconds, report)
+    work_off(order, devices, caches, began + arguments.seconds, report, arguments.ahead)
     for study in by_study:
         write(study)
         if study.is_dir():

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -89,6 +90,7 @@ def work_off(
     caches: Mapping[str, str],
     stop_at: float,
     report: Callable[[Job, str], None],
+    ahead: bool = False,
 ) -> None:
     """Trains the jobs that have no result yet, and returns when all have ended.
 
@@ -102,18 +104,22 @@ def work_off(
         stop_at: `time.time()` at which running jobs save a checkpoint and stop. A job that by the throughput measured
             so far cannot be done by then starts only where no other can.
         report: Called with a job that has ended and ``""`` if it has a result, else why not.
+        ahead: Whether each entry of ``devices`` has a second process, whose run gets ready while the first one trains.
     """
     context = multiprocessing.get_context("forkserver")
     waiting = [job for job in jobs if job.result is None]
-    free = list(devices)
-    running: dict[int, tuple[Job, BaseProcess, str, TextIO]] = {}
+    turns = tempfile.TemporaryDirectory(prefix="study-turns-")
+    free = [(device, Path(turns.name, str(entry)) if ahead else None) for entry, device in enumerate(devices)]
+    free *= 2 if ahead else 1
+    processes = len(free)
+    running: dict[int, tuple[Job, BaseProcess, tuple[str, Path | None], TextIO]] = {}
     # As Ctrl-C does, or the runs would go on without their parent.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while True:
             while free and time.time() < stop_at and (taken := _take(waiting, jobs, stop_at - time.time())):
                 job, lock = taken
-                process = context.Process(target=_work, args=(job, free[0], caches, stop_at, len(devices)))
+                process = context.Process(target=_work, args=(job, *free[0], caches, stop_at, processes))
                 process.start()
                 running[process.sentinel] = (job, process, free.pop(0), lock)
             if not running:
@@ -135,6 +141,7 @@ def work_off(
         for _, left_over, _, _ in running.values():
             left_over.kill()
         signal.signal(signal.SIGTERM, before)
+        turns.cleanup()
 
 
 def _take(waiting: list[Job], jobs: Sequence[Job], seconds: float) -> tuple[Job, TextIO] | None:
@@ -175,7 +182,7 @@ def _outcome(job: Job, exit_code: int | None) -> str:
     return f"failed with exit code {exit_code}: {lines[-1] if lines else 'nothing said'}  ({job.folder / 'log.txt'})"
 
 
-def _work(job: Job, device: str, caches: Mapping[str, str], stop_at: float, processes: int) -> None:
+def _work(job: Job, device: str, turns: Path | None, caches: Mapping[str, str], stop_at: float, processes: int) -> None:
     """Trains one job in a process of its own."""
     cores = max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(cores)
@@ -197,7 +204,7 @@ def _work(job: Job, device: str, caches: Mapping[str, str], stop_at: float, proc
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         corpus.open_caches(caches, job.shared["data"])
         try:
-            train(load(job.plan), job.shared, job.folder, job.start, stop_at)
+            train(load(job.plan), job.shared, job.folder, job.start, stop_at, turns)
             (job.folder / STOPPED).unlink(missing_ok=True)
         except OutOfTimeError as error:
             (job.folder / STOPPED).write_text(str(error.share_done))
