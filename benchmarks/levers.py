@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from benchmarks.roundings import ROUNDINGS, Rounding, nearest
 from lightning_int8 import probe_cli
 from lightning_int8.float8 import float8_linear
+from lightning_int8.kernels.hadamard_ops import TOKENS
+from lightning_int8.kernels.hadamard_reference import transform
 from lightning_int8.probe import Method, ProbeResult
 
 
@@ -41,7 +43,10 @@ class Levers:
             the product, where it is a matrix of rank one.
         center: Whether the sum over tokens of the wgrad operand's rounding errors, times the mean over tokens of X's
             integers, is taken off dW: a matrix of rank one, by which the errors meet X without its mean.
-        hadamard: Tokens that a random Hadamard transform mixes in both operands of the wgrad, X being quantized anew.
+        hadamard: Tokens that the Hadamard transform of :mod:`lightning_int8.kernels.hadamard_reference` mixes in both
+            operands of the wgrad, X being quantized anew: 128, or fewer.
+        features: Whether the transform over 128 mixes the contraction's features in both operands of the forward and of
+            the dgrad, W being quantized for each.
         sort: Whether the wgrad's tokens come in the order of their ``‖dY_t‖``, so that groups hold tokens alike.
         spikes: Tokens whose scale is more than this times the median go into dW in full precision, and do not count in
             the wgrad's scales.
@@ -59,6 +64,7 @@ class Levers:
     dither: bool = False
     center: bool = False
     hadamard: int | None = None
+    features: bool = False
     sort: bool = False
 
 
@@ -96,6 +102,8 @@ VARIANTS = {
         f"Hadamard over {tokens}, no fallback": Levers(rate_x=0, rate_dy=0, hadamard=tokens)
         for tokens in (16, 32, 64, 128)
     },
+    "features and tokens mixed": Levers(features=True, hadamard=128, rate_x=0, rate_dy=0),
+    "features and tokens mixed, 0.1": Levers(features=True, hadamard=128, rate_x=0.1, rate_dy=0.1),
     **{f"dW {name}": Levers(rounding_dw=name) for name in ROUNDINGS if name != "nearest"},
     "dX stochastic, dW stochastic": Levers(rounding_dx="stochastic", rounding_dw="stochastic"),
     "dX stochastic below 1": Levers(rounding_dx="stochastic below 1"),
@@ -176,19 +184,26 @@ class LeveredLinear(torch.autograd.Function):
         if levers.equalize is not None:
             a = levers.equalize
             e = x.abs().amax(0).clamp_min(1e-12) ** a / weight.abs().amax(0).clamp_min(1e-12) ** (1 - a)
-        q_x, s = quantize(x / e, levers.rate_x, levers.block, folded=True)
-        q_w, t = quantize(weight * e, levers.rate_w, levers.block, folded=True)
-        ctx.save_for_backward(x, q_x, s[:, :1], q_w, t[:, :1], e)
+        left, right = x / e, weight * e
+        if levers.features:
+            left, right = _mixed(left.t()).t(), _mixed(right.t()).t()
+        q_x, s = quantize(left, levers.rate_x, levers.block, folded=True)
+        q_w, t = quantize(right, levers.rate_w, levers.block, folded=True)
+        ctx.save_for_backward(x, weight, q_x, s[:, :1], q_w, t[:, :1], e)
         ctx.levers = levers
         ctx.shape = shape
         return ((q_x * s) @ (q_w * t).t()).unflatten(0, shape[:-1])
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, q_x, s, q_w, t, e = ctx.saved_tensors
+        x, weight, q_x, s, q_w, t, e = ctx.saved_tensors
         levers = ctx.levers
         dy = dy.flatten(0, -2).float()
-        q, scale = quantize(dy * t.t(), levers.rate_dy, levers.block, rounding=ROUNDINGS[levers.rounding_dx])
+        folded = dy * t.t()
+        if levers.features:
+            folded = _mixed(dy.t()).t()
+            q_w = torch.mul(*quantize(_mixed(weight * e).t(), levers.rate_w, levers.block)).t()
+        q, scale = quantize(folded, levers.rate_dy, levers.block, rounding=ROUNDINGS[levers.rounding_dx])
         dx = (q * scale) @ q_w / e
         dw = _mixed_wgrad(dy, x / e, levers) if levers.hadamard else _wgrad(dy, q_x, s, levers)
         return dx.view(ctx.shape), dw * e, None
@@ -220,19 +235,19 @@ def _dithered(v: Tensor) -> Tensor:
 
 def _mixed_wgrad(dy: Tensor, x: Tensor, levers: Levers) -> Tensor:
     """DW from dY ``[M, N]`` and X ``[M, K]``, both transformed along the tokens, with a scale a row of each operand."""
-    assert levers.hadamard is not None
-    matrix = torch.ones(1, 1)
-    while len(matrix) < levers.hadamard:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    matrix = (matrix * levers.hadamard**-0.5).to(dy)
-    signs = torch.randint(2, (len(dy), 1), generator=torch.Generator().manual_seed(0)).to(dy) * 2 - 1
-    pad = (0, 0, 0, -len(dy) % levers.hadamard)
     operands = []
     for operand, rate in ((dy, levers.rate_dy), (x, levers.rate_x)):
-        mixed = matrix @ F.pad(operand * signs, pad).unflatten(0, (-1, levers.hadamard))
-        q, scale = quantize(mixed.flatten(0, 1).t(), rate, levers.block[::-1])
+        q, scale = quantize(_mixed(operand, levers.hadamard or TOKENS).t(), rate, levers.block[::-1])
         operands.append(q * scale)
     return operands[0] @ operands[1].t()
+
+
+def _mixed(x: Tensor, size: int = TOKENS) -> Tensor:
+    """Each ``size`` adjacent rows of ``x``, with zeros behind its last ones, transformed by an orthogonal matrix."""
+    # The transform's first rows and columns are one of fewer tokens.
+    matrix = transform(torch.eye(TOKENS, device=x.device))[:size, :size] * (TOKENS / size**0.5)
+    mixed = matrix @ F.pad(x, (0, 0, 0, -len(x) % size)).unflatten(0, (-1, size))
+    return mixed.flatten(0, 1)
 
 
 class BlockLinear(torch.autograd.Function):

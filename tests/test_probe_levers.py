@@ -40,11 +40,12 @@ def test_diffused_errors_cancel_within_a_run():
 
 def probed(x: Tensor, dy: Tensor, names: list[str]) -> LinearProbe:
     """The probe of one linear, with its input and its output's gradient, by these levers and by the recipes."""
-    recipes = {name: PRESETS[name] for name in ("row", "block")}
+    recipes = {"row": dataclasses.replace(PRESETS["row"], wgrad_hadamard=False), "block": PRESETS["block"]}
     recipes |= {
         f"{name} to nearest": dataclasses.replace(recipe, stochastic_rounding="nothing")
         for name, recipe in recipes.items()
     }
+    recipes["row, transformed"] = PRESETS["row"]
     compared = {name: methods()[name] for name in names} | probe_methods(recipes, float8=False)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(x.shape[1], dy.shape[1], bias=False))
@@ -55,9 +56,11 @@ def test_the_simulation_of_row_and_block_is_as_good_as_the_recipes():
     torch.manual_seed(0)
     x, dy = torch.randn(1024, 512) * torch.rand(1024, 1), torch.randn(1024, 256) * torch.rand(1024, 1) ** 4
     pairs = {"row 0.2": "row to nearest", "block, nearest": "block to nearest", "dW stochastic below 1": "row"}
-    row = probed(x, dy, list(pairs))
+    transformed = "Hadamard over 128, no fallback"
+    row = probed(x, dy, [*pairs, transformed])
     for simulated, recipe in pairs.items():
         assert row.sqnr[simulated] == pytest.approx(row.sqnr[recipe], abs=0.3), recipe
+    assert row.sqnr[transformed][2] == pytest.approx(row.sqnr["row, transformed"][2], abs=0.1)
 
 
 def test_tokens_in_the_order_of_their_size_share_scales_with_their_like():
@@ -75,3 +78,22 @@ def test_centered_errors_meet_x_without_its_mean():
     x, dy = torch.randn(512, 128) + 5, torch.randn(512, 128)
     row = probed(x, dy, ["centered", "row 0.2"])
     assert row.sqnr["centered"][2] > row.sqnr["row 0.2"][2] + 2
+
+
+def test_mixed_operands_leave_the_products_as_they_are():
+    """Errors as small as those of 8 bits on normal values, also where channels are large."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(500, 300), torch.randn(500, 200)
+    x[:, ::16] *= 20
+    dy[:, ::16] *= 20
+    names = [
+        "features and tokens mixed",
+        "no fallback",
+        "Hadamard over 128, no fallback",
+        "Hadamard over 16, no fallback",
+    ]
+    row = probed(x, dy, names)
+    mixed, plain, tokens, few = (row.sqnr[name] for name in names)
+    assert all(a > b + 3 for a, b in zip(mixed[:3], plain[:3], strict=True)), (mixed, plain)
+    assert mixed[2] == pytest.approx(tokens[2], abs=0.1)
+    assert few[2] > plain[2] + 3
