@@ -18,6 +18,7 @@ from lightning_int8.bench.cli import last_begin, main, parser
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
 from lightning_int8.linear import Int8Linear
+from lightning_int8.recipe import Int8Recipe
 from lightning_int8.recipe import resolve_recipe
 
 CPU = torch.device("cpu")
@@ -92,10 +93,14 @@ def test_the_roofline_takes_the_slower_of_arithmetic_and_memory() -> None:
     assert roofline.gemm_milliseconds(4096, 4096, 4096, 1000.0, 1e15, 2) == pytest.approx(0.137439, rel=1e-4)
     assert roofline.gemm_milliseconds(4096, 4096, 1, 1000.0, 1e12, 2) == pytest.approx(0.033571, rel=1e-4)
     peak = roofline.Peak(1000, 2000, 2000)
-    plain = roofline.linear_milliseconds(4096, 4096, 4096, False, 0.0, peak, 1e18)
-    int8 = roofline.linear_milliseconds(4096, 4096, 4096, True, 0.5, peak, 1e18)
-    # Three GEMMs at twice the rate, with 1.5, 1.5 and 2.25 times the products.
-    assert int8 / plain == pytest.approx((1.5 + 1.5 + 2.25) / 6, rel=1e-3)
+    plain = roofline.linear_milliseconds(4096, 4096, 4096, None, 0.0, peak, 1e18)
+    transformed, folded = (
+        roofline.linear_milliseconds(4096, 4096, 4096, Int8Recipe(wgrad_hadamard=hadamard), 0.5, peak, 1e18)
+        for hadamard in (True, False)
+    )
+    # Three GEMMs at twice the rate, with 1.5, 1.5 and 2.25 times the products, or in a transformed wgrad once.
+    assert folded / plain == pytest.approx((1.5 + 1.5 + 2.25) / 6, rel=1e-3)
+    assert transformed / plain == pytest.approx((1.5 + 1.5 + 1) / 6, rel=1e-3)
 
 
 def line(k: int, n: int, ratio: float) -> dict:

@@ -95,7 +95,7 @@ def measure(
         rate = fallback_rate(layer[0])  # type: ignore[index]
         if rate is not None:
             cells[name]["fallback_rate"] = rate
-        ours = isinstance(layer[0], Int8Linear)  # type: ignore[index]
-        if peak is not None and (ours or name == "bf16"):
-            cells[name]["model_ms"] = linear_milliseconds(tokens, k, n, ours, rate or 0.0, peak, bandwidth)
+        recipe = layer[0].int8_recipe if isinstance(layer[0], Int8Linear) else None  # type: ignore[index]
+        if peak is not None and (recipe is not None or name == "bf16"):
+            cells[name]["model_ms"] = linear_milliseconds(tokens, k, n, recipe, rate or 0.0, peak, bandwidth)
     return {"tokens": tokens, "k": k, "n": n, "weights": "float32", "cells": cells}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lightning_int8.recipe import Int8Recipe
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -71,18 +73,20 @@ def gemm_milliseconds(rows: int, columns: int, depth: int, rate: float, bandwidt
 
 
 def linear_milliseconds(
-    tokens: int, k: int, n: int, int8: bool, fallback: float, peak: Peak, bandwidth: float
+    tokens: int, k: int, n: int, recipe: Int8Recipe | None, fallback: float, peak: Peak, bandwidth: float
 ) -> float:
     """The least time of a linear's three GEMMs and of what goes with them, that at the copy's bandwidth.
 
     BF16 casts a float32 weight, and its gradient back. INT8: a fraction ``fallback`` of X's and dY's blocks is
-    multiplied twice, both ways in the wgrad. Quantizing reads a BF16 tensor twice (statistics, then integers) and
-    writes two INT8 layouts of it and of its fallback blocks; the float32 weight is read twice for the forward and once
-    for the dgrad.
+    multiplied twice, both ways in the wgrad unless that is transformed. Quantizing reads a BF16 tensor twice
+    (statistics, then integers) and writes two INT8 layouts of it and of its fallback blocks; transformed, it is read
+    twice more and has no fallback blocks. The float32 weight is read twice for the forward and once for the dgrad.
     """
-    size, rate = (1, peak.int8) if int8 else (2, peak.bf16)
-    extra = 1 + fallback if int8 else 1.0
-    gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), extra * extra)]
+    size, rate = (1, peak.int8) if recipe else (2, peak.bf16)
+    extra = 1 + fallback if recipe else 1.0
+    transformed = recipe is not None and recipe.transforms_wgrad
+    gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), 1.0 if transformed else extra * extra)]
     time = sum(gemm_milliseconds(*shape, rate / factor, bandwidth, size) for shape, factor in gemms)
-    beside = tokens * (k + n) * (6 + 2 * fallback) + 14 * k * n if int8 else 12 * k * n
+    each = 10 + fallback if transformed else 6 + 2 * fallback
+    beside = tokens * (k + n) * each + 14 * k * n if recipe else 12 * k * n
     return time + beside / bandwidth * 1e3
