@@ -18,8 +18,7 @@ from lightning_int8.bench.cli import last_begin, main, parser
 from lightning_int8.bench.precisions import Precision, precisions
 from lightning_int8.kernels import reference
 from lightning_int8.linear import Int8Linear
-from lightning_int8.recipe import Int8Recipe
-from lightning_int8.recipe import resolve_recipe
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
 
 CPU = torch.device("cpu")
 NAME = "tests.test_bench:llama"
