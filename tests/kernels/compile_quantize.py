@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_int8.kernels import power_sums, quantize, quantize_gradient, swiglu, swiglu_planes
+from lightning_int8.kernels import hadamard, power_sums, quantize, quantize_gradient, swiglu, swiglu_planes
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
@@ -31,11 +31,13 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
+    hadamard.quantize_hadamard(x, None, block)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
         slot = torch.empty(-(-rows // block), -(-columns // block), dtype=torch.int32)
         swiglu_planes.swiglu_planes(x, x, s, slot, capacity, block)
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
+        hadamard.quantize_hadamard(x, x, block)
 
 
 def launch_many_blocks(block: int, rows: int, columns: int) -> None:

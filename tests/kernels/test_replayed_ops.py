@@ -24,13 +24,14 @@ if not INTERPRETED and not torch.cuda.is_available():
         run_interpreted(__file__)
 
 else:
-    from lightning_int8.kernels import backends, launch, ops, power, swiglu_ops
+    from lightning_int8.kernels import backends, hadamard_ops, launch, ops, power, swiglu_ops
     from lightning_int8.kernels.replay import Replayed
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     NATIVE = ["triton"] if INTERPRETED or torch.cuda.get_device_capability() != (9, 0) else ["triton", "hopper"]
     BLOCK = 32 if INTERPRETED else 128
     ROWS, COLUMNS, FEATURES = BLOCK + 5, BLOCK + 16, BLOCK
+    CACHES = [module._implementation for module in (ops, swiglu_ops, power, hadamard_ops)] + [ops._product]
 
     class Interpreted:
         """A kernel of the interpreter, and what stands for it compiled: launched with addresses."""
@@ -78,7 +79,7 @@ else:
     @pytest.fixture(autouse=True)
     def interpreted_addresses(monkeypatch):
         """Kernels that are interpreted can be launched with addresses; every test begins without programs."""
-        for cached in (ops._implementation, ops._product, swiglu_ops._implementation, power._implementation):
+        for cached in CACHES:
             cached.cache_clear()
         if INTERPRETED:
             first = launch.CachedLaunch._launch
@@ -90,7 +91,7 @@ else:
 
             monkeypatch.setattr(launch.CachedLaunch, "_launch", prepared)
         yield
-        for cached in (ops._implementation, ops._product, swiglu_ops._implementation, power._implementation):
+        for cached in CACHES:
             cached.cache_clear()
 
     def equal(repeated: Replayed, arguments: Any, undefined: tuple[int, ...] = (), written: int | None = None) -> None:
@@ -232,3 +233,13 @@ else:
 
         equal(power._implementation(backend, "measure_power"), of_input, undefined=(0,), written=2)
         equal(power._implementation(backend, "measure_gradient_power"), of_gradient, written=5)
+
+    @pytest.mark.parametrize("backend", NATIVE)
+    @pytest.mark.parametrize("activation", [False, True])
+    def test_hadamard(backend, activation):
+        def arguments(seed):
+            # More tokens than are mixed at a time.
+            x, up = (matrix(s, 128 + ROWS, COLUMNS, torch.float16) for s in (seed, seed + 9))
+            return (x, up, BLOCK) if activation else (x.t().contiguous().t(), None, BLOCK)
+
+        equal(hadamard_ops._implementation(backend), arguments)

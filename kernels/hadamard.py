@@ -1,0 +1,248 @@
+"""The wgrad's operand with the tokens mixed by a Hadamard transform, in Triton for every GPU: see `hadamard_reference`.
+
+AbsMax of a column of ``R x`` comes before its integers, so ``x`` is read and transformed twice. ``R`` is the product of
+a 16×16 matrix for the bits 2 to 5 of a token's place, which tensor cores multiply with, and of an 8×8 one for the bits
+0, 1 and 6, three additions an element; no pair of bits in the signs of D has one of each. Values of 16 bits, and of
+float32 in three parts, times powers of two are exact, and sums are float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
+from lightning_int8.kernels.integers import _finite_mask, _integer_bits
+from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.planes import MIN_SCALE, blocks_along
+from lightning_int8.kernels.quantize_launch import OPTIONS, Allocator, check, on, options
+from lightning_int8.kernels.select import _MIN_SCALE_BITS, _over_constant
+from lightning_int8.kernels.statistics import _larger
+from lightning_int8.kernels.swiglu import _INTERPRETED, _inputs, silu_in
+
+_TOKENS = tl.constexpr(TOKENS)
+_ROOT = tl.constexpr(TOKENS**0.5)
+
+
+@triton.jit
+def _load(x, row, column, rows, columns, stride_r, stride_c, PART: tl.constexpr):
+    """128 rows and ``PART`` columns of ``x`` in its dtype, zero outside the matrix."""
+    i = tl.arange(0, _TOKENS)
+    j = tl.arange(0, PART)
+    inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
+    x += row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c
+    return tl.load(x + (i[:, None] * stride_r + j[None, :] * stride_c), mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_operand(x, up, row, column, rows, columns, stride_r, stride_c, PART: tl.constexpr):
+    """The same of what is transformed: ``x``, or ``silu(x)·up`` with the strides of ``x``."""
+    tile = _load(x, row, column, rows, columns, stride_r, stride_c, PART)
+    if up is not None:
+        dtype = x.dtype.element_ty
+        factor = _load(up, row, column, rows, columns, stride_r, stride_c, PART).to(tl.float32)
+        tile = (silu_in(tile.to(tl.float32), dtype) * factor).to(dtype)
+    return tile
+
+
+@triton.jit
+def _upper_half(x):
+    """float32 ``x`` cut off to bfloat16, whose other bits ``x`` less that has; the difference is exact."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _multiply(matrix, tile):
+    """``matrix @ tile``, a matrix of powers of two with signs, float32 with exact products."""
+    if _INTERPRETED:
+        return tl.dot(matrix, tile.to(tl.float32), input_precision="ieee")
+    elif tile.dtype == tl.float32:
+        matrix = matrix.to(tl.bfloat16)
+        upper = _upper_half(tile)
+        middle = _upper_half(tile - upper)
+        total = tl.dot(matrix, (tile - upper - middle).to(tl.bfloat16))
+        total = tl.dot(matrix, middle.to(tl.bfloat16), total)
+        return tl.dot(matrix, upper.to(tl.bfloat16), total)
+    else:
+        return tl.dot(matrix.to(tile.dtype), tile)
+
+
+@triton.jit
+def _halves(x):
+    """``[16, n]`` as its left and right half."""
+    return tl.split(tl.permute(tl.reshape(x, [16, 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _transform(tile):
+    """``R x / sqrt(128)`` of a tile ``[128, PART]``, in eight parts ``[16, PART]``.
+
+    Part ``4·b6 + 2·b1 + b0`` has the places with these bits, in its row ``m`` that with ``b2 = m / 8`` and ``b3`` to
+    ``b5`` in ``m % 8``: a thread gets both of ``m / 8``, and so with all parts the places 0 to 7 of every eight.
+    """
+    PART: tl.constexpr = tile.shape[1]
+    m = tl.arange(0, 16)[:, None]
+    k = tl.arange(0, 16)[None, :]
+    n = (m // 8) | (m % 8) * 2
+    ones = n & k
+    ones = ones ^ (ones >> 2)
+    pairs = k & (k >> 1)
+    sign = (ones ^ (ones >> 1) ^ pairs ^ (pairs >> 2)) & 1
+    matrix = tl.where(sign == 0, 1.0 / _TOKENS, -1.0 / _TOKENS)
+    tile = tl.permute(tl.reshape(tile, [2, 16, 4, PART]), (1, 0, 2, 3))
+    x = _multiply(matrix, tl.reshape(tile, [16, 8 * PART]))
+    a, b = _halves(x)
+    a, b = a + b, a - b
+    a0, a1 = _halves(a)
+    b0, b1 = _halves(b)
+    # The bits 0 and 1 have the last of D's signs.
+    c0, c1, c2, c3 = _four(a0, a1)
+    d0, d1, d2, d3 = _four(b0, b1)
+    return c0, c1, c2, c3, d0, d1, d2, d3
+
+
+@triton.jit
+def _four(lower, upper):
+    """The bits 0 and 1 of ``lower``, whose bit 1 is 0, and ``upper``: with D, so that the last of them changes sign."""
+    x0, x1 = _halves(lower)
+    x2, x3 = _halves(upper)
+    p = x0 + x1
+    q = x0 - x1
+    r = x2 - x3
+    s = x2 + x3
+    return p + r, q + s, p - r, q - s
+
+
+@CachedLaunch
+@triton.jit
+def hadamard_statistics(
+    x,
+    up,
+    amax,  # int32 [G, Q]
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    PART: tl.constexpr,
+):
+    """Bit patterns of AbsMax of ``R x / sqrt(128)``, over 128 rows, of ``PART`` columns."""
+    parts = tl.cdiv(columns, PART)
+    group = tl.program_id(0) // parts
+    column = tl.program_id(0) % parts * PART
+    tile = _load_operand(x, up, group * _TOKENS, column, rows, columns, stride_r, stride_c, PART)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+    largest = _larger(_larger(_magnitude(y0, y1), _magnitude(y2, y3)), _larger(_magnitude(y4, y5), _magnitude(y6, y7)))
+    c = column + tl.arange(0, PART)
+    bits = tl.reduce(largest, 0, _larger).to(tl.int32, bitcast=True)
+    tl.store(amax + group.to(tl.int64) * columns + c, bits, mask=c < columns)
+
+
+@triton.jit
+def _magnitude(a, b):
+    return _larger(tl.abs(a), tl.abs(b))
+
+
+@CachedLaunch
+@triton.jit
+def hadamard_scales(
+    amax,  # int32 [G, Q]
+    scale,  # float32 [Q]
+    inverse,  # float32 [Q], of the scales for R x / sqrt(128)
+    groups,
+    columns,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The scales of ``PART`` columns."""
+    c = tl.program_id(0) * PART + tl.arange(0, PART)
+    largest = tl.zeros([CHUNK, PART], tl.int32)
+    for start in range(0, groups, CHUNK):
+        g = start + tl.arange(0, CHUNK)
+        inside = (g < groups)[:, None] & (c < columns)[None, :]
+        bits = tl.load(amax + g.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0)
+        largest = tl.maximum(largest, bits)
+    # Divided first: R x itself may be larger than the largest float32. Maxima of bit patterns, since those keep NaN.
+    s = _over_constant(tl.max(largest, 0), 127.0).to(tl.float32, bitcast=True) * _ROOT
+    s = tl.maximum(s.to(tl.int32, bitcast=True), _MIN_SCALE_BITS).to(tl.float32, bitcast=True)
+    tl.store(scale + c, s, mask=c < columns)
+    tl.store(inverse + c, tl.div_rn(tl.full([PART], _ROOT, tl.float32), s), mask=c < columns)
+
+
+@triton.jit
+def _integers(y, factor, mask):
+    return _integer_bits(y * factor, None, None, mask).to(tl.int8)
+
+
+@CachedLaunch
+@triton.jit
+def hadamard_planes(
+    x,
+    up,
+    inverse,  # float32 [Q]
+    low_t,  # int8 [Q, G·128]
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    PART: tl.constexpr,
+):
+    """Integers of 128 rows of ``PART`` columns of ``R x``, transposed; tiles from the last, which L2 may still hold."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    parts = tl.cdiv(columns, PART)
+    group = pid // parts
+    column = pid % parts * PART
+    c = column + tl.arange(0, PART)
+    factor = tl.load(inverse + c, mask=c < columns, other=1.0)[None, :]
+    mask = _finite_mask(factor)
+    tile = _load_operand(x, up, group * _TOKENS, column, rows, columns, stride_r, stride_c, PART)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+    # [16, PART, b6, b1, b0]
+    low = tl.join(
+        tl.join(
+            tl.join(_integers(y0, factor, mask), _integers(y4, factor, mask)),
+            tl.join(_integers(y2, factor, mask), _integers(y6, factor, mask)),
+        ),
+        tl.join(
+            tl.join(_integers(y1, factor, mask), _integers(y5, factor, mask)),
+            tl.join(_integers(y3, factor, mask), _integers(y7, factor, mask)),
+        ),
+    )
+    low = tl.permute(tl.reshape(low, [2, 8, PART, 2, 4]), (2, 3, 1, 0, 4))
+    pitch = tl.cdiv(rows, _TOKENS) * _TOKENS
+    low_t += column.to(tl.int64) * pitch + group * _TOKENS
+    at = tl.arange(0, PART)[:, None] * pitch + tl.arange(0, _TOKENS)[None, :]
+    tl.store(low_t + at, tl.reshape(low, [PART, _TOKENS]), mask=(c < columns)[:, None])
+
+
+def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    """``R x`` quantized: see `hadamard_reference.quantize_hadamard`, also for how near to it.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 ``[M, Q]``, any strides; fast if one of them is 1.
+        up: ``None``, or like ``x``, but not float64; then others than contiguous ones are copied.
+        block: Block edge of the wgrad: 32, 64 or 128.
+
+    Returns:
+        ``low_t`` int8 ``[Q, M']`` and ``scale`` float32 ``[Q]``; the same bits in every run.
+    """
+    if up is not None:
+        x, up = _inputs(block, x, up)
+    x, rows, columns, _, _ = check(x, block)
+    new = Allocator(x.device)
+    low_t, scale = new.int8(columns, padded_tokens(rows, block)), new.float32(columns)
+    if x.numel() == 0:
+        return low_t, scale.fill_(MIN_SCALE)
+    groups = blocks_along(rows, TOKENS)
+    amax, inverse = new.int32(groups, columns), new.float32(columns)
+    size = rows, columns, *x.stride()
+
+    def tiles(kernel: str) -> tuple[int]:
+        return (groups * blocks_along(columns, OPTIONS[kernel][block]["PART"]),)
+
+    with on(x):
+        hadamard_statistics[tiles("hadamard_statistics")](x, up, amax, *size, **options("hadamard_statistics", block))
+        chosen = options("hadamard_scales", block)
+        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](amax, scale, inverse, groups, columns, **chosen)
+        hadamard_planes[tiles("hadamard_planes")](x, up, inverse, low_t, *size, **options("hadamard_planes", block))
+    return low_t, scale
