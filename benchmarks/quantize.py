@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import quantize, quantize_gradient, swiglu
+from lightning_int8.kernels import hadamard, quantize, quantize_gradient, swiglu
+from lightning_int8.kernels.hadamard_ops import TOKENS
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 
 
@@ -111,6 +112,13 @@ class Case:
             fallen = int((out[2] >= 0).sum() + (out[6] >= 0).sum())
             # AbsMax and weighted sums both ways, and sums of columns.
             partial = gradient_partial + 4 * columns * blocks_along(rows, block)
+        elif op.startswith("hadamard"):
+            up = torch.randn_like(x) if op == "hadamard, swiglu" else None
+            self.run = lambda: hadamard.quantize_hadamard(x, up, block)
+            out, fallen = self.run(), 0
+            partial = 4 * columns * (blocks_along(rows, TOKENS) + 1)
+            if up is not None:
+                reads *= 2
         elif op.startswith("row"):
             transpose = op != "row, one layout"
             self.run = lambda: quantize.quantize_row(x, state, 0, rate, capacity, block, True, transpose)
@@ -146,6 +154,7 @@ def main() -> None:
                 ("gradient, stochastic", arguments.rate), ("gradient, stochastic small", arguments.rate),
                 ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
+                ("hadamard", 0.0), ("hadamard, swiglu", 0.0),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)
                 ms = milliseconds(case.run)

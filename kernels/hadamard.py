@@ -16,9 +16,9 @@ from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
 from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import MIN_SCALE, blocks_along
-from lightning_int8.kernels.quantize_launch import OPTIONS, Allocator, check, on, options
+from lightning_int8.kernels.quantize_launch import Allocator, check, on, options
 from lightning_int8.kernels.select import _MIN_SCALE_BITS, _over_constant
-from lightning_int8.kernels.statistics import _larger
+from lightning_int8.kernels.statistics import _larger, load_tile
 from lightning_int8.kernels.swiglu import _INTERPRETED, _inputs, silu_in
 
 _TOKENS = tl.constexpr(TOKENS)
@@ -26,24 +26,16 @@ _ROOT = tl.constexpr(TOKENS**0.5)
 
 
 @triton.jit
-def _load(x, row, column, rows, columns, stride_r, stride_c, PART: tl.constexpr):
-    """128 rows and ``PART`` columns of ``x`` in its dtype, zero outside the matrix."""
+def _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART: tl.constexpr):
+    """``[128, PART]`` of what is transformed, in its dtype: ``x``, or ``silu(x)·up`` with the strides of ``x``."""
+    dtype = x.dtype.element_ty
+    row = group * _TOKENS
     i = tl.arange(0, _TOKENS)
     j = tl.arange(0, PART)
-    inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
-    x += row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_c
-    return tl.load(x + (i[:, None] * stride_r + j[None, :] * stride_c), mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_operand(x, up, row, column, rows, columns, stride_r, stride_c, PART: tl.constexpr):
-    """The same of what is transformed: ``x``, or ``silu(x)·up`` with the strides of ``x``."""
-    tile = _load(x, row, column, rows, columns, stride_r, stride_c, PART)
+    tile = load_tile(x, row, column, i, j, rows, columns, stride_r, stride_c)
     if up is not None:
-        dtype = x.dtype.element_ty
-        factor = _load(up, row, column, rows, columns, stride_r, stride_c, PART).to(tl.float32)
-        tile = (silu_in(tile.to(tl.float32), dtype) * factor).to(dtype)
-    return tile
+        tile = silu_in(tile, dtype) * load_tile(up, row, column, i, j, rows, columns, stride_r, stride_c)
+    return tile.to(dtype)
 
 
 @triton.jit
@@ -130,7 +122,7 @@ def hadamard_statistics(
     parts = tl.cdiv(columns, PART)
     group = tl.program_id(0) // parts
     column = tl.program_id(0) % parts * PART
-    tile = _load_operand(x, up, group * _TOKENS, column, rows, columns, stride_r, stride_c, PART)
+    tile = _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     largest = _larger(_larger(_magnitude(y0, y1), _magnitude(y2, y3)), _larger(_magnitude(y4, y5), _magnitude(y6, y7)))
     c = column + tl.arange(0, PART)
@@ -195,7 +187,7 @@ def hadamard_planes(
     c = column + tl.arange(0, PART)
     factor = tl.load(inverse + c, mask=c < columns, other=1.0)[None, :]
     mask = _finite_mask(factor)
-    tile = _load_operand(x, up, group * _TOKENS, column, rows, columns, stride_r, stride_c, PART)
+    tile = _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     # [16, PART, b6, b1, b0]
     low = tl.join(
@@ -228,7 +220,9 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     """
     if up is not None:
         x, up = _inputs(block, x, up)
-    x, rows, columns, _, _ = check(x, block)
+    check(x, block)
+    # Tiles have 128 rows, whatever the block.
+    x, rows, columns, _, _ = check(x, TOKENS)
     new = Allocator(x.device)
     low_t, scale = new.int8(columns, padded_tokens(rows, block)), new.float32(columns)
     if x.numel() == 0:
@@ -236,13 +230,18 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     groups = blocks_along(rows, TOKENS)
     amax, inverse = new.int32(groups, columns), new.float32(columns)
     size = rows, columns, *x.stride()
-
-    def tiles(kernel: str) -> tuple[int]:
-        return (groups * blocks_along(columns, OPTIONS[kernel][block]["PART"]),)
-
+    statistics, scales, planes = (
+        _options(kernel, block, x, up) for kernel in ("hadamard_statistics", "hadamard_scales", "hadamard_planes")
+    )
     with on(x):
-        hadamard_statistics[tiles("hadamard_statistics")](x, up, amax, *size, **options("hadamard_statistics", block))
-        chosen = options("hadamard_scales", block)
-        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](amax, scale, inverse, groups, columns, **chosen)
-        hadamard_planes[tiles("hadamard_planes")](x, up, inverse, low_t, *size, **options("hadamard_planes", block))
+        hadamard_statistics[(groups * blocks_along(columns, statistics["PART"]),)](x, up, amax, *size, **statistics)
+        hadamard_scales[(blocks_along(columns, scales["PART"]),)](amax, scale, inverse, groups, columns, **scales)
+        hadamard_planes[(groups * blocks_along(columns, planes["PART"]),)](x, up, inverse, low_t, *size, **planes)
     return low_t, scale
+
+
+def _options(kernel: str, block: int, x: Tensor, up: Tensor | None) -> dict:
+    """As `options`; half the columns at a time where elements are wider than 16 bits, or come from two tensors."""
+    found = options(kernel, block)
+    wide = up is not None or x.element_size() > 2
+    return found | {"PART": found["PART"] // 2} if wide and kernel != "hadamard_scales" else found

@@ -42,13 +42,13 @@ else:
             return hadamard.quantize_hadamard(x, up, block)
 
     def assert_near(x: Tensor, wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], block: int) -> None:
-        """Scales up to 1e-6, integers up to ties; what is not finite in the same columns."""
+        """Scales up to rounding, integers up to ties; what is not finite in the same columns."""
         for a, b in zip(wanted, got, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         finite = wanted[1].isfinite()
         assert torch.equal(finite, got[1].isfinite())
         assert torch.equal(wanted[1].isnan() | wanted[1].isinf(), got[1].isnan() | got[1].isinf())
-        torch.testing.assert_close(got[1][finite], wanted[1][finite], rtol=2e-6, atol=0)
+        torch.testing.assert_close(got[1][finite], wanted[1][finite], rtol=5e-6, atol=0)
         assert (got[0][~finite] == 0).all()
         at = exact(x.cpu()[:, finite.cpu()], block) / got[1][finite].cpu()[:, None].double()
         assert ((at - got[0][finite].cpu()).abs() <= 0.5 + 1e-3).all()
