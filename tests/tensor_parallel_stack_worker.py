@@ -39,6 +39,10 @@ class OneDevice(Module):
         self.steps, self.batch_size = steps, ranks * BATCH
         self.norms: list[float] = []
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # At 1e-2 runs that differ in rounding part by 2 % within six steps.
+        return torch.optim.AdamW(self.parameters(), lr=5e-3)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.norms.append(clip_grad_norm(self.parameters(), float("inf")).item())
         # Lightning's own plugins cannot clip here: some weights are plain tensors beside the DTensors.
@@ -57,7 +61,7 @@ class Parallel(OneDevice):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # As by default on a GPU.
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=True)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-3, foreach=True)
         one_by_one_on_several_meshes([optimizer])
         return optimizer
 

@@ -18,6 +18,8 @@ from tests.tiny import TinyModel, assert_same, batches, thresholds
 
 LIMIT = (0.0, 0.4)
 RECIPE = Int8Recipe(block_size=16, budget=0.1, activation_band=LIMIT, gradient_band=LIMIT)
+# Three operands with thresholds.
+FOLDED = dataclasses.replace(RECIPE, wgrad_hadamard=False)
 BLOCKS = 768
 CPU = torch.device("cpu")
 
@@ -50,7 +52,7 @@ def spread(deviation: float, place: float = 4.0) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("scaling", ["row", "block"])
 def test_mean_rate_comes_to_the_budget_and_heavy_tails_get_most(scaling):
-    recipe = dataclasses.replace(RECIPE, scaling=scaling)
+    recipe = dataclasses.replace(FOLDED, scaling=scaling)
     draws = [spread(0.05), spread(0.3), spread(1.0)][: 3 if scaling == "row" else 2]
     rates = simulate(draws, [1.0] * len(draws), 150, recipe)[100:].mean(0)
     weight = torch.tensor([2.0, 1.0, 1.0] if scaling == "row" else [2.0, 2.0])
@@ -60,33 +62,33 @@ def test_mean_rate_comes_to_the_budget_and_heavy_tails_get_most(scaling):
 
 
 def test_no_operand_passes_its_limit():
-    rates = simulate([spread(0.05), spread(0.05), spread(2.0)], [1.0] * 3, 150, RECIPE)
+    rates = simulate([spread(0.05), spread(0.05), spread(2.0)], [1.0] * 3, 150, FOLDED)
     assert 0.3 < rates[100:, 2].mean() < 0.43
 
 
 def test_errors_count_relative_to_the_power_of_the_operand():
     """The same AbsMax values in an operand of a tenth the amplitude are ten times the outliers."""
-    rates = simulate([spread(0.05), spread(0.5), spread(0.5)], [1.0, 1.0, 0.01], 150, RECIPE)[100:].mean(0)
+    rates = simulate([spread(0.05), spread(0.5), spread(0.5)], [1.0, 1.0, 0.01], 150, FOLDED)[100:].mean(0)
     assert rates[2] > 2 * rates[1]
 
 
 def test_thresholds_follow_a_change_of_the_unit():
     """What a loss scale multiplies the gradients with must not look like a change of the rate."""
     state = FallbackState(RECIPE)
-    row = torch.zeros(3, COLUMNS)
+    row = torch.zeros(2, COLUMNS)
     row[:, [THRESHOLD, POWER, STEP_POWER]] = torch.tensor([2.0, 3.0, 0.5])
     state.load_state_dict({"operands": list(state.operands), "tensor": row})
     state.discard_counts(gradient_factor=4.0)
     assert state.tensor is not None
-    assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0, 8.0]
-    assert state.tensor[:, POWER].tolist() == [3.0, 48.0, 48.0]
-    assert state.tensor[:, STEP_POWER].tolist() == [0.5, 8.0, 8.0]
+    assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0]
+    assert state.tensor[:, POWER].tolist() == [3.0, 48.0]
+    assert state.tensor[:, STEP_POWER].tolist() == [0.5, 8.0]
 
 
 def test_blocks_of_a_shared_input_weigh_what_all_its_readers_repeat():
     """q, k and v of 32, 16 and 16 out-features read one X of 32: q counts its blocks, which meet 64 columns."""
     model = Attention(LlamaConfig(dim=32, n_heads=4, n_kv_heads=2, n_layers=1, ffn_dim=32))
-    convert_to_int8(model, RECIPE)
+    convert_to_int8(model, FOLDED)
     states = list(fallback_states(model).values())
     own, group = torch.tensor(_weights(states)).unbind(1)
     x, dgrad, wgrad = own.view(4, 3).unbind(1)
@@ -98,6 +100,12 @@ def test_blocks_of_a_shared_input_weigh_what_all_its_readers_repeat():
     assert torch.equal(shared_weights(torch.ones(12), own, group), own)
     # A layer that did not run at all, and has no group, leaves its weight to nobody.
     assert torch.equal(shared_weights(total.flatten(), own, torch.zeros(12)), own)
+
+
+def test_blocks_of_a_transformed_wgrad_weigh_nothing():
+    """X meets W alone, and dY the dgrad's W."""
+    assert FallbackState(RECIPE, (48, 32)).mmas == {"x": 48, "dy_dgrad": 32, "dy_wgrad": 0, "dy": 32}
+    assert FallbackState(FOLDED, (48, 32)).mmas == {"x": 2 * 48, "dy_dgrad": 32, "dy_wgrad": 32, "dy": 64}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -129,7 +137,7 @@ def test_scales_by_groups_of_tokens_count_all():
     dy[32:] /= 10
     sums = []
     for tokens in (None, 32):
-        recipe = dataclasses.replace(RECIPE, wgrad_group_tokens=tokens)
+        recipe = dataclasses.replace(FOLDED, wgrad_group_tokens=tokens)
         state = FallbackState(recipe)
         weight = torch.ones(32, 32, requires_grad=True)
         int8_linear(x.clone().requires_grad_(), weight, recipe=recipe, state=state).backward(dy)
@@ -166,7 +174,7 @@ def test_sample_of_a_long_operand_is_not_all_first_tokens():
     assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"wgrad_group_tokens": 32}, {"scaling": "block"}])
+@pytest.mark.parametrize("fields", [{}, {"wgrad_hadamard": False, "wgrad_group_tokens": 32}, {"scaling": "block"}])
 def test_training_under_a_budget_and_its_checkpoint(fields):
     recipe = dataclasses.replace(RECIPE, **fields)
     models = [TinyModel(), TinyModel()]

@@ -61,7 +61,7 @@ def test_fit_from_yaml(tmp_path, capsys, as_list):
     out = capsys.readouterr().out
     assert "ignored by 'lm_head'" in out
     assert "Int8Recipe(block_size=16)" in out
-    assert (tmp_path / "run/fallback_rate.csv").read_text().count("\n") == 1 + 2 * (4 * 3 - 1)
+    assert (tmp_path / "run/fallback_rate.csv").read_text().count("\n") == 1 + 2 * (4 * 2 - 1)
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

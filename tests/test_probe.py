@@ -83,11 +83,13 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
     torch.manual_seed(0)
     dy = torch.randn(512, 256)
     dy[::2] *= 1e-4
+    folded = dataclasses.replace(PRESETS["row"], wgrad_hadamard=False)
     recipes = {
-        "row": PRESETS["row"],
-        "row, nearest": dataclasses.replace(PRESETS["row"], stochastic_rounding="nothing"),
+        "transformed": PRESETS["row"],
+        "row": folded,
+        "row, nearest": dataclasses.replace(folded, stochastic_rounding="nothing"),
         "jetfire": PRESETS["jetfire"],
-        "row, stochastic": dataclasses.replace(PRESETS["row"], stochastic_rounding="all"),
+        "row, stochastic": dataclasses.replace(folded, stochastic_rounding="all"),
         "block, stochastic": dataclasses.replace(PRESETS["jetfire"], stochastic_rounding="all"),
     }
     result = probe_of_one_linear(dy, {"exact": F.linear, **methods(recipes)})
@@ -113,7 +115,7 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
         sqnr, slope = small("block, stochastic", name)
         assert sqnr < -15, name
         assert slope == pytest.approx(1.0, abs=0.25), name
-    for method in ("row", "row, stochastic"):
+    for method in ("row", "row, stochastic", "transformed"):
         assert small(method, "dw_small")[1] == pytest.approx(1.0, abs=0.25), method
 
 

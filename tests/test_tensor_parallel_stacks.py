@@ -56,7 +56,7 @@ def test_a_split_model_trains_as_one_device_does(stack, tmp_path) -> None:
     assert reference.losses[-1] < reference.losses[0] - 0.5
     assert losses(stack, "full precision") == pytest.approx(reference.losses, rel=1e-4)
     # Each rank scales its own part of a row.
-    assert losses(stack, "eager") == pytest.approx(reference.losses, rel=0.01)
+    assert losses(stack, "eager") == pytest.approx(reference.losses, rel=0.003)
     for rank in stack["ranks"]:
         assert rank["full precision"]["norms"] == pytest.approx(reference.norms, rel=1e-3)
         assert rank["eager"]["norms"][0] == pytest.approx(reference.norms[0], rel=0.02)
