@@ -28,7 +28,8 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "gradient_statistics": {block: {"num_warps": 1, "PART": 1024 // block, "STAGES": 3} for block in BLOCKS},
     "gradient_planes": dict(_PLANES),
     "swiglu_statistics": dict(_ROWS_AT_A_TIME),
-    "hadamard_statistics": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
+    # Without `maxnreg` ptxas spills a register on sm_100; elsewhere it takes 80.
+    "hadamard_statistics": {block: {"num_warps": 4, "PART": 64, "maxnreg": 128} for block in BLOCKS},
     "hadamard_scales": {block: {"num_warps": 4, "PART": 32, "CHUNK": 64} for block in BLOCKS},
     "hadamard_planes": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
