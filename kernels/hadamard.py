@@ -70,8 +70,8 @@ def _halves(x):
 def _transform(tile):
     """``R x / sqrt(128)`` of a tile ``[128, PART]``, in eight parts ``[16, PART]``.
 
-    Part ``4·b6 + 2·b1 + b0`` has the places with these bits, in its row ``m`` that with ``b2 = m / 8`` and ``b3`` to
-    ``b5`` in ``m % 8``: a thread gets both of ``m / 8``, and so with all parts the places 0 to 7 of every eight.
+    Row ``m`` of part ``4·b6 + 2·b1 + b0`` is the place with these bits, ``b2 = m // 8``, and ``b3`` to ``b5`` those of
+    ``m % 8``. Of a product a thread has the rows ``m`` and ``m + 8``, and so of all parts eight adjacent places.
     """
     PART: tl.constexpr = tile.shape[1]
     m = tl.arange(0, 16)[:, None]

@@ -55,7 +55,7 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
 
     Returns:
         ``low_t`` int8 ``[Q, M']`` with ``M' = padded_tokens(M, block)``, contiguous, and ``scale`` float32 ``[Q]``:
-        ``low_t·scale`` is about ``(R x)ᵀ``. A column with NaN or infinity has it in its scale, and integers 0.
+        ``low_t·scale`` is about ``(R x)ᵀ``. A column with NaN or infinity has one of them as its scale, and integers 0.
     """
     if up is not None:
         x = F.silu(x) * up

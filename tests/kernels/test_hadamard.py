@@ -23,7 +23,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 else:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lightning_int8.kernels import hadamard, hadamard_ops, hadamard_reference
+    from lightning_int8.kernels import hadamard, hadamard_ops, hadamard_reference, swiglu
     from lightning_int8.kernels.planes import MIN_SCALE
     from tests.assertions import assert_close
     from tests.kernels.test_hadamard_reference import exact
@@ -105,6 +105,9 @@ else:
         assert (low_t.int() - wanted[0]).abs().max() <= 1
         assert_close("R h", wanted[0] * wanted[1][:, None], low_t * scale[:, None], 50)
         assert_close("scales", wanted[1], scale, SILU_SQNR)
+        # To the bit what the activation itself gives, which a layer keeps or computes again.
+        h, *_ = swiglu.swiglu_row(gate, up, None, 0, 0.0, 0, 64, False, False)
+        assert all(map(torch.equal, quantized(h, None, 64), (low_t, scale)))
 
     @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (140, 5)])
     def test_tracing_sees_the_same_shapes(shape):
