@@ -47,7 +47,7 @@ def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True
         recipes = dict(PRESETS)
         for name in ("row", "block"):
             recipes[f"{name}, no fallback"] = dataclasses.replace(
-                PRESETS[name], activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
+                PRESETS[name], budget=None, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
             )
             recipes[f"{name}, nearest"] = dataclasses.replace(PRESETS[name], stochastic_rounding="nothing")
     found: dict[str, Method] = {name: partial(int8_linear, recipe=recipe) for name, recipe in recipes.items()}

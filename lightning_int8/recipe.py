@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 Scaling = Literal["row", "block", "vector"]
 Backend = Literal["auto", "reference", "triton", "hopper"]
+# Bands that limit nothing, that of arXiv 2503.08040, and without fallback.
+ANY_RATE, FIXED_BAND, NO_FALLBACK = (0.0, 1.0), (0.1, 0.3), (0.0, 0.0)
 RecomputeSwiGLU = Literal["nothing", "planes", "all"]
 StochasticRounding = Literal["nothing", "small", "all"]
 
@@ -53,12 +55,12 @@ class Int8Recipe:
         block_size: Edge of the square blocks that fall back (and, for ``"block"``, share a scale). A multiple of 16
             from 16 to 256.
         activation_band: Lowest and highest fraction of X's blocks that may fall back to 16 bits before the threshold
-            moves, each in [0, 1]. ``(0, 0)`` turns fallback on X off.
+            moves, each in [0, 1]; under a budget only a limit. ``(0, 0)`` turns fallback on X off.
         gradient_band: The same for dY.
         budget: Mean fallback rate that all operands of all layers share, above 0 and below 1, each weighted by the MMAs
             that its fallback blocks repeat: blocks go where they remove the most error (:mod:`lightning_int8.budget`),
             and the bands, which must start at 0, only limit the rate of an operand. ``None``: every operand's rate
-            stays in its band.
+            stays in its band, (0.1, 0.3) in arXiv 2503.08040.
         threshold_factor: Factor by which a threshold moves after a step whose rate left its band; above 1
             (1.3 in arXiv 2503.08040).
         stochastic_rounding: What of dY is rounded stochastically instead of to nearest. The gradients of tokens that
@@ -98,9 +100,9 @@ class Int8Recipe:
 
     scaling: Scaling = "row"
     block_size: int = 128
-    activation_band: tuple[float, float] = (0.1, 0.3)
-    gradient_band: tuple[float, float] = (0.1, 0.3)
-    budget: float | None = None
+    activation_band: tuple[float, float] = ANY_RATE
+    gradient_band: tuple[float, float] = ANY_RATE
+    budget: float | None = 0.2
     threshold_factor: float = 1.3
     stochastic_rounding: StochasticRounding = "small"
     forward: bool = True
@@ -191,12 +193,16 @@ class Int8Recipe:
         if not 0.0 < self.budget < 1.0:
             raise ValueError(f"Int8Recipe.budget={self.budget} must be above 0 and below 1, such as 0.1.")
         if self.scaling == "vector":
-            raise ValueError("Int8Recipe.budget needs scaling='row' or 'block': 'vector' has no block fallback.")
+            raise ValueError(
+                f"Int8Recipe.budget={self.budget} needs scaling='row' or 'block': 'vector' has no block fallback; set "
+                "it to None."
+            )
         if any(low > 0 for low, _ in bands) or max(high for _, high in bands) < self.budget:
             raise ValueError(
                 f"Int8Recipe.budget={self.budget} with activation_band={self.activation_band} and gradient_band="
                 f"{self.gradient_band}: under a budget the bands limit each operand's rate. They must start at 0 and "
-                "leave room above the budget, such as (0, 0.4) for a budget of 0.1."
+                "leave room above the budget, such as (0, 0.4) for a budget of 0.1. For bands of their own, or no "
+                "fallback, set budget=None."
             )
 
     def _check_wgrad_groups(self) -> None:
@@ -235,23 +241,27 @@ class Int8Recipe:
         return f"Int8Recipe({', '.join(changed)})"
 
 
-NO_FALLBACK = (0.0, 0.0)
-
 PRESETS: dict[str, Int8Recipe] = {
     "row": Int8Recipe(),
-    "block": Int8Recipe(scaling="block"),
+    "block": Int8Recipe(scaling="block", budget=None, activation_band=FIXED_BAND, gradient_band=FIXED_BAND),
     "jetfire": Int8Recipe(
         scaling="block",
         block_size=32,
+        budget=None,
         activation_band=NO_FALLBACK,
         gradient_band=NO_FALLBACK,
         stochastic_rounding="nothing",
     ),
     "rowwise": Int8Recipe(
-        scaling="vector", activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK, stochastic_rounding="nothing"
+        scaling="vector",
+        budget=None,
+        activation_band=NO_FALLBACK,
+        gradient_band=NO_FALLBACK,
+        stochastic_rounding="nothing",
     ),
     "llm_int8": Int8Recipe(
         scaling="vector",
+        budget=None,
         activation_band=NO_FALLBACK,
         gradient_band=NO_FALLBACK,
         stochastic_rounding="nothing",

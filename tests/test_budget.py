@@ -221,8 +221,8 @@ def test_a_traced_step_is_one_graph_and_counts_the_same():
     ("fields", "error", "message"),
     [
         ({"budget": "0.1"}, TypeError, "must be a number"),
-        ({"budget": 0.0, "activation_band": LIMIT}, ValueError, "above 0 and below 1"),
-        ({"budget": 0.1}, ValueError, "must start at 0"),
+        ({"budget": 0.0}, ValueError, "above 0 and below 1"),
+        ({"budget": 0.1, "gradient_band": (0.1, 0.3)}, ValueError, "must start at 0"),
         ({"budget": 0.5, "activation_band": LIMIT, "gradient_band": LIMIT}, ValueError, "room above the budget"),
         (
             {"budget": 0.1, "scaling": "vector", "activation_band": (0, 0), "gradient_band": (0, 0)},

@@ -62,7 +62,7 @@ def test_conversion_is_in_place_and_keeps_everything_but_the_class():
     assert report.skipped == {}
     model(batches(1)[0])
     assert hook_calls == [1]
-    assert "int8=Int8Recipe(block_size=16)" in repr(model.lm_head)
+    assert "int8=Int8Recipe(block_size=16, " in repr(model.lm_head)
 
 
 def test_state_dict_loads_strictly_both_ways():

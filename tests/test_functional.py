@@ -15,7 +15,7 @@ from lightning_int8.kernels import backends
 from lightning_int8.threshold import RATE
 from tests.assertions import assert_close, sqnr_db
 
-NONE = {"activation_band": (0, 0), "gradient_band": (0, 0)}
+NONE = {"budget": None, "activation_band": (0, 0), "gradient_band": (0, 0)}
 # The wgrad takes what the other GEMMs take, with fallback.
 FOLDED = {"wgrad_hadamard": False}
 
@@ -86,8 +86,8 @@ def test_more_fallback_is_more_accurate(recipe):
     reference = exact(x, weight, None, dy)
     last = dict.fromkeys(reference, -math.inf)
     for rate in (0.0, 0.2, 1.0):
-        band = {"preset": recipe, "activation_band": (rate, rate), "gradient_band": (rate, rate), **FOLDED}
-        value = gradients(x, weight, None, dy, recipe=band)
+        band = {"budget": None, "activation_band": (rate, rate), "gradient_band": (rate, rate)}
+        value = gradients(x, weight, None, dy, recipe={"preset": recipe, **band, **FOLDED})
         now = {name: sqnr_db(reference[name], value[name]) for name in reference}
         assert all(now[name] > last[name] for name in now), (rate, now, last)
         last = now
@@ -134,7 +134,7 @@ def test_fewer_tokens_a_scale_make_dw_more_accurate():
     x, weight, dy = heavy_tailed(tokens=1100)
     # Some sequences have larger gradients, and their blocks do not fall back.
     dy *= torch.exp(torch.arange(1100) // 128 * 0.5)[:, None]
-    no_fallback = {**FOLDED, "gradient_band": (0, 0)}
+    no_fallback = {**FOLDED, **NONE}
     reference, last = exact(x, weight, None, dy), -math.inf
     results = []
     for tokens in (None, 512, 128):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_int8 import FabricFallbackInt8Precision, FallbackInt8Precision, Int8Linear, Int8Recipe, fallback_states
+from lightning_int8 import PRESETS, FabricFallbackInt8Precision, FallbackInt8Precision, Int8Linear, fallback_states
 from lightning_int8.threshold import THRESHOLD
 from tests.tiny import (
     GPU_RECIPE,
@@ -346,8 +347,9 @@ def test_tied_weights_train_as_one(tmp_path):
 
 
 def test_recipes_from_names_and_mappings():
-    assert FallbackInt8Precision("block").recipe == Int8Recipe(scaling="block")
-    assert FallbackInt8Precision({"preset": "block", "block_size": 64}).recipe == Int8Recipe("block", 64)
+    assert FallbackInt8Precision("block").recipe == PRESETS["block"]
+    smaller = dataclasses.replace(PRESETS["block"], block_size=64)
+    assert FallbackInt8Precision({"preset": "block", "block_size": 64}).recipe == smaller
     assert "ignore_modules=['a']" in repr(FallbackInt8Precision(ignore_modules=["a"]))
 
 

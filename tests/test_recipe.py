@@ -11,7 +11,8 @@ from lightning_int8 import PRESETS, Int8Recipe, resolve_recipe
 
 def test_presets_are_what_their_papers_say():
     assert PRESETS["row"] == Int8Recipe()
-    assert PRESETS["block"].scaling == "block"
+    block = PRESETS["block"]
+    assert (block.scaling, block.budget, block.activation_band) == ("block", None, (0.1, 0.3))
     assert (PRESETS["jetfire"].block_size, PRESETS["jetfire"].activation_band) == (32, (0.0, 0.0))
     assert PRESETS["rowwise"].scaling == "vector"
     llm = PRESETS["llm_int8"]
@@ -28,7 +29,7 @@ def test_a_preset_resolves_by_name_and_describes_itself(name):
 
 def test_a_mapping_changes_a_preset_and_accepts_yaml_lists():
     recipe = resolve_recipe({"preset": "block", "activation_band": [0.05, 0.15], "stochastic_rounding": "all"})
-    assert recipe == Int8Recipe(scaling="block", activation_band=(0.05, 0.15), stochastic_rounding="all")
+    assert recipe == dataclasses.replace(PRESETS["block"], activation_band=(0.05, 0.15), stochastic_rounding="all")
     assert "activation_band=(0.05, 0.15)" in recipe.describe()
 
 
@@ -84,7 +85,9 @@ def test_a_recipe_is_frozen_and_hashable():
             r"needs scaling='row' and wgrad=True, not 'block'",
         ),
         ({"outlier_threshold": 6.0}, ValueError, r"needs scaling='vector'"),
-        ({"scaling": "vector"}, ValueError, r"has no block fallback"),
+        ({"scaling": "vector"}, ValueError, r"budget=0.2 needs scaling=.* set it to None"),
+        ({"scaling": "vector", "budget": None}, ValueError, r"has no block fallback"),
+        ({"activation_band": (0.1, 0.3)}, ValueError, r"budget=0.2 with .* or no fallback, set budget=None"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),
         ({"bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) bands"),
     ],

@@ -48,11 +48,15 @@ def test_auto_takes_what_was_measured_for_the_gpu_and_the_scaling(monkeypatch) -
         100,
         "min_features='auto', 100 on sm_90",
     )
-    band = {"activation_band": (0.05, 0.15), "gradient_band": (0.0, 0.1)}
+    band = {"budget": None, "activation_band": (0.05, 0.15), "gradient_band": (0.0, 0.1)}
     budget = {"budget": 0.1, "activation_band": (0.0, 0.4), "gradient_band": (0.0, 0.4)}
-    for recipe in (band, budget, {"activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)}):
+    for recipe in (band, budget, {"budget": None, "activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)}):
         assert small_layers.least_features("auto", resolve_recipe(recipe), cuda)[0] == 50
-    for recipe in ("block", {"block_size": 64}, {"gradient_band": (0.2, 0.4)}):
+    for recipe in (
+        "block",
+        {"block_size": 64},
+        {"budget": None, "activation_band": (0.1, 0.3), "gradient_band": (0.2, 0.4)},
+    ):
         least, source = small_layers.least_features("auto", resolve_recipe(recipe), cuda)
         assert least == small_layers.UNMEASURED
         assert "nothing was measured" in source

@@ -30,6 +30,8 @@ class SwiGLU(nn.Module):
 
 
 BUDGET = {"budget": 0.1, "activation_band": (0.0, 0.3), "gradient_band": (0.0, 0.3)}
+BANDS = {"budget": None, "activation_band": (0.1, 0.3), "gradient_band": (0.1, 0.3)}
+NO_FALLBACK = {"budget": None, "activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)}
 FOLDED = {"wgrad_hadamard": False}
 GROUPS = {**FOLDED, "wgrad_group_tokens": 32}
 
@@ -132,7 +134,11 @@ def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bias", "recipe"),
-    [(True, {}), (True, FOLDED), (False, {**FOLDED, "activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)})],
+    [
+        (True, {}),
+        (True, FOLDED),
+        (False, {**FOLDED, **NO_FALLBACK}),
+    ],
 )
 def test_what_is_computed_again_is_what_was_kept(what, bias, recipe, autocast):
     kept, recomputed = converted(bias=bias, **recipe), converted(bias=bias, recompute_swiglu=what, **recipe)
@@ -161,7 +167,7 @@ def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard):
     results, saved = [], []
     x = torch.randn(128, 48)
     for what in ("nothing", *RECOMPUTED):
-        module = converted(recompute_swiglu=what, wgrad_hadamard=hadamard)
+        module = converted(recompute_swiglu=what, wgrad_hadamard=hadamard, **BANDS)
         run(module, x)  # seeds the thresholds
         if keep_weights:
             keep_weight_planes(module)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from lightning_int8 import FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
+from lightning_int8 import PRESETS, FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
 from lightning_int8.threshold import (
     FALLBACK_BLOCKS,
     MAX_THRESHOLD,
@@ -204,7 +204,7 @@ def test_state_round_trip_leaves_out_counts_and_copies():
     assert other.tensor[1, THRESHOLD] == 14.0
     assert saved["tensor"][1, THRESHOLD] == 2.0
     with pytest.raises(ValueError, match=r"recipe block has \['x', 'dy'\]"):
-        FallbackState(Int8Recipe(scaling="block")).load_state_dict(saved)
+        FallbackState(PRESETS["block"]).load_state_dict(saved)
 
 
 def test_discarded_counts_leave_thresholds_but_rescale_the_gradients():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_int8 import FabricFallbackInt8Precision, FallbackInt8Precision, Int8Recipe, convert_to_int8
+from lightning_int8 import PRESETS, FabricFallbackInt8Precision, FallbackInt8Precision, Int8Recipe, convert_to_int8
 from lightning_int8.kernels import ops
 from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes
 from tests.tiny import RECIPE, TinyModule, trainer
 
-BLOCK = Int8Recipe(scaling="block", block_size=16)
+BLOCK = dataclasses.replace(PRESETS["block"], block_size=16)
 LAYERS = 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_int8 import Int8Recipe, fallback_states
+from lightning_int8.recipe import FIXED_BAND
 from lightning_int8.threshold import THRESHOLD
 
 WIDTH, CLASSES, BATCH = 64, 8, 64
-# Blocks small enough that a tiny layer has several.
-RECIPE = Int8Recipe(block_size=16)
+# Blocks small enough that a tiny layer has several; each operand in a band of its own.
+RECIPE = Int8Recipe(block_size=16, budget=None, activation_band=FIXED_BAND, gradient_band=FIXED_BAND)
 # The smallest blocks that the GPU's kernels have.
-GPU_RECIPE = Int8Recipe(block_size=32)
+GPU_RECIPE = dataclasses.replace(RECIPE, block_size=32)
 # To compare strategies closely: the noise of stochastic rounding is a hash of all of the data's bits, and strategies
 # differ in the last ones.
-NEAREST_RECIPE = Int8Recipe(block_size=32, stochastic_rounding="nothing")
+NEAREST_RECIPE = dataclasses.replace(GPU_RECIPE, stochastic_rounding="nothing")
 FAR = 1e10
 
 

@@ -31,7 +31,8 @@ def main(backend: str) -> None:
     torch.manual_seed(0)
     for recipe in ("row", "block", "jetfire"):
         fields = resolve_recipe(recipe)
-        values = {f: getattr(fields, f) for f in ("scaling", "block_size", "activation_band", "gradient_band")}
+        names = "scaling", "block_size", "budget", "activation_band", "gradient_band"
+        values = {name: getattr(fields, name) for name in names}
         x = torch.randn(300, 200, device="cuda", dtype=torch.bfloat16)
         x[:, 3] *= 50
         x.requires_grad_()
