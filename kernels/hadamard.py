@@ -123,9 +123,15 @@ def hadamard_statistics(
     group = tl.program_id(0) // parts
     column = tl.program_id(0) % parts * PART
     tile = _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART)
+    store_largest(tile, amax, group, column, columns)
+
+
+@triton.jit
+def store_largest(tile, amax, group, column, columns):
+    """Writes bit patterns of AbsMax of the columns of `_transform`."""
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     largest = _larger(_larger(_magnitude(y0, y1), _magnitude(y2, y3)), _larger(_magnitude(y4, y5), _magnitude(y6, y7)))
-    c = column + tl.arange(0, PART)
+    c = column + tl.arange(0, tile.shape[1])
     bits = tl.reduce(largest, 0, _larger).to(tl.int32, bitcast=True)
     tl.store(amax + group.to(tl.int64) * columns + c, bits, mask=c < columns)
 
@@ -186,8 +192,16 @@ def hadamard_planes(
     column = pid % parts * PART
     c = column + tl.arange(0, PART)
     factor = tl.load(inverse + c, mask=c < columns, other=1.0)[None, :]
-    mask = _finite_mask(factor)
     tile = _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART)
+    store_transformed(tile, factor, low_t, group, column, rows, columns)
+
+
+@triton.jit
+def store_transformed(tile, factor, low_t, group, column, rows, columns):
+    """Writes the integers of `_transform`, transposed; ``factor [1, PART]`` is what its values are multiplied with."""
+    PART: tl.constexpr = tile.shape[1]
+    c = column + tl.arange(0, PART)
+    mask = _finite_mask(factor)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     # [16, PART, b6, b1, b0]
     low = tl.join(

@@ -1,17 +1,17 @@
-"""A wgrad operand with the tokens mixed by a Hadamard transform, as an opaque `torch.library` op."""
+"""A wgrad operand with the tokens mixed by a Hadamard transform, as opaque `torch.library` ops."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _repeated
+from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row, quantize_row_gradient
 from lightning_int8.kernels.planes import padded
 
 # Adjacent tokens that are mixed.
@@ -24,16 +24,19 @@ def padded_tokens(tokens: int, block: int) -> int:
 
 
 @functools.cache
-def _implementation(backend: str) -> Callable[..., Any]:
-    """The function; both native backends share one."""
-    module = "hadamard_reference" if backend == "reference" else "hadamard"
-    return _repeated(backend, import_module(f"lightning_int8.kernels.{module}").quantize_hadamard)
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    """The function ``name``; both native backends share one."""
+    if backend == "reference":
+        module = "hadamard_reference"
+    else:
+        module = "hadamard" if name == "quantize_hadamard" else "hadamard_fused"
+    return _repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
 @_define("quantize_hadamard")
 def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, backend: str) -> tuple[Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.hadamard_reference.quantize_hadamard`."""
-    return _implementation(backend)(x, up, block)
+    return _implementation(backend, "quantize_hadamard")(x, up, block)
 
 
 @_fake("quantize_hadamard")
@@ -41,3 +44,77 @@ def _(x, up, block, backend):
     rows, columns = x.shape
     low_t = x.new_empty(columns, padded_tokens(rows, block), dtype=torch.int8)
     return low_t, x.new_empty(columns, dtype=torch.float32)
+
+
+@_define("quantize_row_hadamard", mutates=["state"])
+def quantize_row_hadamard(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_row_hadamard`; counts as `ops.quantize_row`."""
+    update = update and _may_count()
+    return _implementation(backend, "quantize_row_hadamard")(x, state, operand, seed_rate, capacity, block, update)
+
+
+@_fake("quantize_row_hadamard")
+def _(x, state, operand, seed_rate, capacity, block, update, backend):
+    low, _, high, _, slot, scale, _ = quantize_row(
+        x, state, operand, seed_rate, capacity, block, update, False, backend
+    )
+    return low, high, slot, scale, *quantize_hadamard(x, None, block, backend)
+
+
+@_define("swiglu_row_hadamard", mutates=["state"])
+def swiglu_row_hadamard(
+    gate: Tensor,
+    up: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.swiglu_row_hadamard`; counts as `ops.quantize_row`."""
+    update = update and _may_count()
+    return _implementation(backend, "swiglu_row_hadamard")(gate, up, state, operand, seed_rate, capacity, block, update)
+
+
+@_fake("swiglu_row_hadamard")
+def _(gate, up, state, operand, seed_rate, capacity, block, update, backend):
+    h = gate.new_empty(gate.shape)
+    return h, *quantize_row_hadamard(h, state, operand, seed_rate, capacity, block, update, backend)
+
+
+@_define("quantize_row_gradient_hadamard", mutates=["state"])
+def quantize_row_gradient_hadamard(
+    dy: Tensor,
+    weight_scale: Tensor,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    bias: bool,
+    backend: str,
+    statistics: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_row_gradient_hadamard`."""
+    return _implementation(backend, "quantize_row_gradient_hadamard")(
+        dy, weight_scale, state, seed_rate, capacity, block, update, bias, statistics
+    )
+
+
+@_fake("quantize_row_gradient_hadamard")
+def _(dy, weight_scale, state, seed_rate, capacity, block, update, bias, backend, statistics):
+    low, high, slot, scale, *_, dbias = quantize_row_gradient(
+        dy, weight_scale, None, None, state, seed_rate, capacity, block, update, "nothing", bias, backend, statistics
+    )
+    return low, high, slot, scale, dbias, *quantize_hadamard(dy, None, block, backend)

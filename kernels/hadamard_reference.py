@@ -7,13 +7,16 @@ scale a feature and 8 bits are enough without fallback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
 from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE
-from lightning_int8.kernels.reference import _over
+from lightning_int8.kernels.reference import _over, quantize_row, quantize_row_gradient
+from lightning_int8.kernels.swiglu_reference import swiglu_row
 
 
 def signs(device: torch.device) -> Tensor:
@@ -66,3 +69,52 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     scale = (_over(mixed.abs().amax(0), INT8_MAX) * TOKENS**0.5).clamp_min(MIN_SCALE)
     q = (mixed * (TOKENS**0.5 / scale)).round_().nan_to_num_(0.0).to(torch.int8)
     return q.t().clone(memory_format=torch.contiguous_format), scale
+
+
+def quantize_row_hadamard(
+    x: Tensor, state: Tensor | None, operand: int, seed_rate: float, capacity: int, block: int, update: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.quantize_row` without transposed planes, for the forward, and `quantize_hadamard`, for the wgrad.
+
+    Returns:
+        ``low``, ``high``, ``slot`` and ``scale`` of the one, ``low_t`` and ``scale`` of the other.
+    """
+    low, _, high, _, slot, scale, _ = quantize_row(x, state, operand, seed_rate, capacity, block, update, False)
+    return low, high, slot, scale, *quantize_hadamard(x, None, block)
+
+
+def swiglu_row_hadamard(
+    gate: Tensor,
+    up: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``h`` of `swiglu_reference.swiglu_row`, and `quantize_row_hadamard` of it."""
+    h, low, _, high, _, slot, scale, _ = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
+    return h, low, high, slot, scale, *quantize_hadamard(h, None, block)
+
+
+def quantize_row_gradient_hadamard(
+    dy: Tensor,
+    weight_scale: Tensor,
+    state: Tensor | None,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    bias: bool,
+    statistics: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A of `reference.quantize_row_gradient`, to nearest, for the dgrad, and `quantize_hadamard`, for the wgrad.
+
+    Returns:
+        A's ``low``, ``high``, ``slot`` and ``scale``, ``dbias``, ``low_t`` and ``scale`` of the other.
+    """
+    low, high, slot, scale, *_, dbias = quantize_row_gradient(
+        dy, weight_scale, None, None, state, seed_rate, capacity, block, update, "nothing", bias, statistics
+    )
+    return low, high, slot, scale, dbias, *quantize_hadamard(dy, None, block)

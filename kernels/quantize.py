@@ -131,21 +131,39 @@ def row_from_statistics(
     scale, int_max = new.float32(rows), new.float32(rows)
     if x.numel() == 0:
         return low, low_t, high, high_t, slot, scale.fill_(MIN_SCALE), int_max.zero_()
-    fallback = capacity > 0
-    blocks = row_blocks * column_blocks
-    sizes = select_sizes(block, blocks, column_blocks)
     with on(x):
-        matrix_select[(row_blocks, blocks_along(block, sizes["PART"]))](
-            statistics.block_amax, operand_state(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
-            slot, None, None, statistics.amax, statistics.weight, int32_limit(columns), scale, int_max, rows, columns,
-            FALLBACK=fallback, **sizes,
-        )  # fmt: skip
-        row_planes[parts("row_planes", blocks, block)](
-            x, scale, slot if fallback else None, low, low_t if transpose else None, high,
+        select_rows(x, statistics, state, operand, seed_rate, capacity, block, update, slot, scale, int_max)
+        row_planes[parts("row_planes", row_blocks * column_blocks, block)](
+            x, scale, slot if capacity > 0 else None, low, low_t if transpose else None, high,
             high_t if transpose else None, rows, columns, *x.stride(),
             B=block, **options("row_planes", block),
         )  # fmt: skip
     return low, low_t, high, high_t, slot, scale, int_max
+
+
+def select_rows(
+    x: Tensor,
+    statistics: MatrixStatistics,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    slot: Tensor,
+    scale: Tensor,
+    int_max: Tensor | None,
+) -> None:
+    """Between the two reads of `quantize_row`: writes ``slot``, ``scale`` and, unless ``None``, ``int_max``."""
+    rows, columns = x.shape
+    row_blocks, column_blocks = slot.shape
+    blocks = row_blocks * column_blocks
+    sizes = select_sizes(block, blocks, column_blocks)
+    matrix_select[(row_blocks, blocks_along(block, sizes["PART"]))](
+        statistics.block_amax, operand_state(state, operand), seed_count(blocks, seed_rate), capacity, int(update),
+        slot, None, None, statistics.amax, statistics.weight, int32_limit(columns), scale, int_max, rows, columns,
+        FALLBACK=capacity > 0, **sizes,
+    )  # fmt: skip
 
 
 def quantize_block(

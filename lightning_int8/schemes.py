@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
-from lightning_int8.kernels.hadamard_ops import quantize_hadamard
+from lightning_int8.kernels.hadamard_ops import (
+    quantize_hadamard,
+    quantize_row_gradient_hadamard,
+    quantize_row_hadamard,
+    swiglu_row_hadamard,
+)
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
 from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.recipe import Int8Recipe
@@ -139,15 +144,21 @@ class RowScheme(_BlockFallback):
         self.hadamard = recipe.transforms_wgrad
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
-        transformed = quantize_hadamard(x, None, self.block, backend) if wgrad and self.hadamard else ()
         if self.hadamard and not self.recipe.forward:
-            return QuantizedInput(None, transformed)
+            return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        transpose = wgrad and not self.hadamard
-        planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, transpose, backend)
-        self._measure_power(x, state, 0, update, backend, step=planes[5])
-        operand, kept = self._parted(planes, tuple(x.shape))
-        return QuantizedInput(operand, kept if transpose else transformed)
+        if self.hadamard and wgrad:
+            low, high, slot, scale, *transformed = quantize_row_hadamard(
+                x, state, 0, rate, capacity, self.block, update, backend
+            )
+            operand, saved = self._matrix(low, high, slot, scale, tuple(x.shape), capacity), tuple(transformed)
+        else:
+            planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+            scale = planes[5]
+            operand, kept = self._parted(planes, tuple(x.shape))
+            saved = kept if wgrad else ()
+        self._measure_power(x, state, 0, update, backend, step=scale)
+        return QuantizedInput(operand, saved)
 
     def _parted(
         self, planes: Sequence[Tensor], size: tuple[int, int]
@@ -162,13 +173,19 @@ class RowScheme(_BlockFallback):
         """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
         rate, capacity = self._fallback(gate, self.recipe.activation_band)
         keep = wgrad and not recompute
-        transpose = keep and not self.hadamard
-        h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, transpose, backend)
-        self._measure_power(h, state, 0, update, backend, step=planes[5])
-        operand, kept = self._parted(planes, tuple(h.shape))
-        if self.hadamard:
-            return QuantizedInput(operand, quantize_hadamard(h, None, self.block, backend) if keep else ())
-        return QuantizedInput(operand, kept if keep else kept[2:] if wgrad else ())
+        saved: tuple[Tensor, ...]
+        if self.hadamard and keep:
+            h, low, high, slot, scale, *saved_of_h = swiglu_row_hadamard(
+                gate, up, state, 0, rate, capacity, self.block, update, backend
+            )
+            operand, saved = self._matrix(low, high, slot, scale, tuple(h.shape), capacity), tuple(saved_of_h)
+        else:
+            h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, keep, backend)
+            scale = planes[5]
+            operand, kept = self._parted(planes, tuple(h.shape))
+            saved = kept if keep else kept[2:] if wgrad and not self.hadamard else ()
+        self._measure_power(h, state, 0, update, backend, step=scale)
+        return QuantizedInput(operand, saved)
 
     def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
         """What `quantize_swiglu` saves without ``recompute``, given what it saves with it."""
@@ -197,6 +214,18 @@ class RowScheme(_BlockFallback):
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         weight_scale = None if weight is None else weight.fold
+        if self.hadamard and weight is not None and saved:
+            low, high, slot, scale, dbias, *transformed = quantize_row_gradient_hadamard(
+                dy, weight.fold, state, rate, capacity, self.block, update, bias, backend, statistics
+            )
+            if self.recipe.budget is not None and state is not None:
+                measure_gradient_power(dy, weight.fold, None, scale, scale[:0], state, update, backend)
+            return QuantizedGradient(
+                self._matrix(low, high, slot, scale, tuple(dy.shape), capacity),
+                self._transformed(*transformed),
+                self._transformed(*saved),
+                dbias if bias else None,
+            )
         low_t, high_t, slot, input_scale, int_max = self._folded(saved)
         a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
             dy,

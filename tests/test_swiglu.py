@@ -196,12 +196,12 @@ def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard):
 
 def test_the_activation_and_its_planes_are_made_once():
     # One statistics pass less only counts if nobody quantizes the result again.
-    from lightning_int8.kernels import ops
+    from lightning_int8 import schemes
 
     module, seen = converted(), []
-    original = ops.quantize_row
+    original = schemes.quantize_row_hadamard
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "quantize_row", lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
+        patch.setattr(schemes, "quantize_row_hadamard", lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
         module(torch.randn(40, 48))
     assert (40, 48) in seen
     assert (40, 80) not in seen

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 
-from lightning_int8.kernels import hadamard, power_sums, quantize, quantize_gradient, swiglu, swiglu_planes
+from lightning_int8.kernels import (
+    hadamard,
+    hadamard_fused,
+    power_sums,
+    quantize,
+    quantize_gradient,
+    swiglu,
+    swiglu_planes,
+)
 from tests.kernels.compiling import SHARED_MEMORY, Recorder, compile_for, resources
 
 
@@ -32,6 +40,8 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
     hadamard.quantize_hadamard(x, None, block)
+    hadamard_fused.quantize_row_hadamard(x, state, 0, 0.2, capacity, block, True)
+    hadamard_fused.quantize_row_gradient_hadamard(x, t, state, 0.2, capacity, block, True, True)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
         slot = torch.empty(-(-rows // block), -(-columns // block), dtype=torch.int32)

@@ -242,4 +242,26 @@ else:
             x, up = (matrix(s, 128 + ROWS, COLUMNS, torch.float16) for s in (seed, seed + 9))
             return (x, up, BLOCK) if activation else (x.t().contiguous().t(), None, BLOCK)
 
-        equal(hadamard_ops._implementation(backend), arguments)
+        equal(hadamard_ops._implementation(backend, "quantize_hadamard"), arguments)
+
+    @pytest.mark.parametrize("backend", NATIVE)
+    def test_hadamard_beside_rows(backend):
+        # Fused in blocks of 128 only.
+        rest = 0.2, 3, 128, True
+
+        def forward(seed):
+            return matrix(seed, 5, COLUMNS), thresholds(), 0, *rest
+
+        def activation(seed):
+            return matrix(seed, 5, COLUMNS), matrix(seed + 9, 5, COLUMNS), thresholds(), 0, *rest
+
+        def gradient(seed):
+            t = matrix(seed, COLUMNS, 1, torch.float32).abs().flatten()
+            return matrix(seed, 5, COLUMNS), t, thresholds(), *rest, True, []
+
+        def implementation(name):
+            return hadamard_ops._implementation(backend, name)
+
+        equal(implementation("quantize_row_hadamard"), forward, undefined=(1,), written=1)
+        equal(implementation("swiglu_row_hadamard"), activation, undefined=(2,), written=2)
+        equal(implementation("quantize_row_gradient_hadamard"), gradient, undefined=(1,), written=2)
