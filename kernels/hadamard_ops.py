@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row, quantize_row_gradient
 from lightning_int8.kernels.planes import padded
+from lightning_int8.kernels.power import measure_gradient_power, measure_power
 
 # Adjacent tokens that are mixed.
 TOKENS = 128
@@ -59,7 +60,10 @@ def quantize_row_hadamard(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.hadamard_reference.quantize_row_hadamard`; counts as `ops.quantize_row`."""
     update = update and _may_count()
-    return _implementation(backend, "quantize_row_hadamard")(x, state, operand, seed_rate, capacity, block, update)
+    out = _implementation(backend, "quantize_row_hadamard")(x, state, operand, seed_rate, capacity, block, update)
+    if update:
+        measure_power(x, out[3], state, operand, backend)
+    return out
 
 
 @_fake("quantize_row_hadamard")
@@ -84,7 +88,12 @@ def swiglu_row_hadamard(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.hadamard_reference.swiglu_row_hadamard`; counts as `ops.quantize_row`."""
     update = update and _may_count()
-    return _implementation(backend, "swiglu_row_hadamard")(gate, up, state, operand, seed_rate, capacity, block, update)
+    h, *out = _implementation(backend, "swiglu_row_hadamard")(
+        gate, up, state, operand, seed_rate, capacity, block, update
+    )
+    if update:
+        measure_power(h, out[3], state, operand, backend)
+    return h, *out
 
 
 @_fake("swiglu_row_hadamard")
@@ -107,9 +116,12 @@ def quantize_row_gradient_hadamard(
     statistics: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.hadamard_reference.quantize_row_gradient_hadamard`."""
-    return _implementation(backend, "quantize_row_gradient_hadamard")(
+    out = _implementation(backend, "quantize_row_gradient_hadamard")(
         dy, weight_scale, state, seed_rate, capacity, block, update, bias, statistics
     )
+    if update:
+        measure_gradient_power(dy, weight_scale, None, out[3], out[3], state, backend)
+    return out
 
 
 @_fake("quantize_row_gradient_hadamard")

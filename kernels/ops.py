@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, groups_along, padded
+from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.kernels.replay import Replayed
 
 _library = torch.library.Library("lightning_int8", "DEF")
@@ -75,9 +76,15 @@ def quantize_row(
     transpose: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing."""
+    """See :func:`lightning_int8.kernels.reference.quantize_row`; ``state`` counts once under checkpointing.
+
+    As all ops that quantize, it also measures what a budget weighs, if ``state`` has columns for that.
+    """
     update = update and _may_count()
-    return _implementation(backend, "quantize_row")(x, state, operand, seed_rate, capacity, block, update, transpose)
+    planes = _implementation(backend, "quantize_row")(x, state, operand, seed_rate, capacity, block, update, transpose)
+    if update:
+        measure_power(x, planes[5], state, operand, backend)
+    return planes
 
 
 @_fake("quantize_row")
@@ -110,10 +117,13 @@ def quantize_row_gradient(
     group_blocks: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_row_gradient`; ``statistics`` may be empty."""
-    return _implementation(backend, "quantize_row_gradient")(
+    planes = _implementation(backend, "quantize_row_gradient")(
         dy, weight_scale, input_scale, input_int_max, state, seed_rate, capacity, block, update, stochastic, bias,
         statistics, group_blocks,
     )  # fmt: skip
+    if update:
+        measure_gradient_power(dy, weight_scale, input_scale, planes[3], planes[7], state, backend)
+    return planes
 
 
 @_fake("quantize_row_gradient")
@@ -153,6 +163,8 @@ def quantize_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.reference.quantize_block`; X (operand 0) counts once under checkpointing."""
     update = update and (operand != 0 or _may_count())
+    if update:
+        measure_power(x, None, state, operand, backend)
     return _implementation(backend, "quantize_block")(
         x, state, operand, seed_rate, capacity, block, update, transpose, stochastic
     )

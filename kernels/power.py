@@ -1,4 +1,8 @@
-"""How large a quantized operand's errors are, and how large it is itself: what a fallback budget weighs."""
+"""How large a quantized operand's errors are, and how large it is itself: what a fallback budget weighs.
+
+The ops that quantize take these sums, rather than ops of their own: Inductor writes a tensor once for each op that
+reads it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,11 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated
+from lightning_int8.kernels.replay import Replayed
 
-# Columns of a layer's state, behind those that the quantize kernels write.
+# Columns of a layer's state, behind those that the quantize kernels write; it has them under a budget only.
 POWER_SUM, STEP_SUM, POWER_COUNT = 5, 6, 7
 _SAMPLED_ROWS = 256
 
@@ -28,60 +31,49 @@ def sampling(rows: int) -> tuple[int, int]:
 
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """The function ``name``; both native backends share one."""
-    module = "power_reference" if backend == "reference" else "power_sums"
-    return _repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
+    """The function ``name``, repeated from what it launched before; both native backends share one."""
+    if backend == "reference":
+        return getattr(import_module("lightning_int8.kernels.power_reference"), name)
+    return Replayed(getattr(import_module("lightning_int8.kernels.power_sums"), name))
 
 
-@_define("measure_power", mutates=["state"])
-def measure_power(x: Tensor, step: Tensor | None, state: Tensor, operand: int, update: bool, backend: str) -> None:
-    """See :func:`lightning_int8.kernels.power_reference.measure_power`; X, operand 0, counts once under checkpointing.
+def measure_power(x: Tensor, step: Tensor | None, state: Tensor | None, operand: int, backend: str) -> None:
+    """See :func:`lightning_int8.kernels.power_reference.measure_power`; nothing where ``state`` has no columns for it.
 
     Args:
         x: See there, also for what follows.
         step: Contiguous.
         state: Contiguous.
         operand: Row of ``state``.
-        update: Whether ``state`` may change; it does not under inference mode.
         backend: Who runs it.
     """
-    # Operand 0 is measured in the forward, the others in the backward.
-    if update and x.numel() > 0 and (_may_count() if operand == 0 else not torch.is_inference_mode_enabled()):
+    if _is_wanted(x, state):
         _implementation(backend, "measure_power")(x, step, state, operand)
 
 
-@_fake("measure_power")
-def _(x, step, state, operand, update, backend):
-    return None
-
-
-@_define("measure_gradient_power", mutates=["state"])
 def measure_gradient_power(
     dy: Tensor,
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
     a_step: Tensor,
     g_step: Tensor,
-    state: Tensor,
-    update: bool,
+    state: Tensor | None,
     backend: str,
 ) -> None:
-    """See :func:`lightning_int8.kernels.power_reference.measure_gradient_power`.
+    """See :func:`lightning_int8.kernels.power_reference.measure_gradient_power`, and `measure_power`.
 
     Args:
         dy: See there, also for what follows.
         weight_scale: Contiguous.
         input_scale: Contiguous.
         a_step: Contiguous.
-        g_step: Contiguous.
+        g_step: Contiguous; unused without ``input_scale``.
         state: Contiguous.
-        update: Whether ``state`` may change.
         backend: Who runs it.
     """
-    if update and dy.numel() > 0 and not (weight_scale is None and input_scale is None):
+    if _is_wanted(dy, state) and not (weight_scale is None and input_scale is None):
         _implementation(backend, "measure_gradient_power")(dy, weight_scale, input_scale, a_step, g_step, state)
 
 
-@_fake("measure_gradient_power")
-def _(dy, weight_scale, input_scale, a_step, g_step, state, update, backend):
-    return None
+def _is_wanted(x: Tensor, state: Tensor | None) -> bool:
+    return state is not None and state.shape[1] > POWER_COUNT and x.numel() > 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row
 from lightning_int8.kernels.planes import padded
+from lightning_int8.kernels.power import measure_power
 
 
 @functools.cache
@@ -52,9 +53,12 @@ def swiglu_row(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.swiglu_reference.swiglu_row`; ``state`` counts once under checkpointing."""
     update = update and _may_count()
-    return _implementation(backend, "swiglu_row")(
+    h, *planes = _implementation(backend, "swiglu_row")(
         gate, up, state, operand, seed_rate, capacity, block, update, transpose
     )
+    if update:
+        measure_power(h, planes[5], state, operand, backend)
+    return h, *planes
 
 
 @_fake("swiglu_row")

@@ -21,7 +21,6 @@ from lightning_int8.kernels.hadamard_ops import (
     swiglu_row_hadamard,
 )
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
-from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.recipe import Int8Recipe
 
 
@@ -110,13 +109,6 @@ class _BlockFallback:
         rate = (band[0] + band[1]) / 2 if budget is None else min(budget, band[1])
         return rate, fallback_capacity(blocks, band)
 
-    def _measure_power(
-        self, x: Tensor, state: Tensor | None, operand: int, update: bool, backend: str, step: Tensor | None = None
-    ) -> None:
-        """What a budget weighs: ``x``, and the scales it was quantized with."""
-        if self.recipe.budget is not None and state is not None:
-            measure_power(x, step, state, operand, update, backend)
-
     def _matrix(
         self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
     ) -> QuantizedMatrix:
@@ -154,10 +146,8 @@ class RowScheme(_BlockFallback):
             operand, saved = self._matrix(low, high, slot, scale, tuple(x.shape), capacity), tuple(transformed)
         else:
             planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
-            scale = planes[5]
             operand, kept = self._parted(planes, tuple(x.shape))
             saved = kept if wgrad else ()
-        self._measure_power(x, state, 0, update, backend, step=scale)
         return QuantizedInput(operand, saved)
 
     def _parted(
@@ -181,10 +171,8 @@ class RowScheme(_BlockFallback):
             operand, saved = self._matrix(low, high, slot, scale, tuple(h.shape), capacity), tuple(saved_of_h)
         else:
             h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, keep, backend)
-            scale = planes[5]
             operand, kept = self._parted(planes, tuple(h.shape))
             saved = kept if keep else kept[2:] if wgrad and not self.hadamard else ()
-        self._measure_power(h, state, 0, update, backend, step=scale)
         return QuantizedInput(operand, saved)
 
     def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
@@ -218,8 +206,6 @@ class RowScheme(_BlockFallback):
             low, high, slot, scale, dbias, *transformed = quantize_row_gradient_hadamard(
                 dy, weight.fold, state, rate, capacity, self.block, update, bias, backend, statistics
             )
-            if self.recipe.budget is not None and state is not None:
-                measure_gradient_power(dy, weight.fold, None, scale, scale[:0], state, update, backend)
             return QuantizedGradient(
                 self._matrix(low, high, slot, scale, tuple(dy.shape), capacity),
                 self._transformed(*transformed),
@@ -243,8 +229,6 @@ class RowScheme(_BlockFallback):
             statistics,
             self._group_blocks(),
         )
-        if self.recipe.budget is not None and state is not None:
-            measure_gradient_power(dy, weight_scale, input_scale, a_scale, g_scale, state, update, backend)
         dgrad = wgrad = input_transposed = None
         if weight is not None:
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
@@ -312,7 +296,6 @@ class BlockScheme(_BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        self._measure_power(x, state, 0, update, backend)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             x, state, 0, rate, capacity, self.block, update, wgrad, "nothing", backend
         )
@@ -334,7 +317,6 @@ class BlockScheme(_BlockFallback):
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
-        self._measure_power(dy, state, 1, update, backend)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             dy,
             state,

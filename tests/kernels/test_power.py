@@ -100,8 +100,8 @@ else:
         times = 2 if INTERPRETED else 500
         for state in (first, second):
             for _ in range(times):
-                measure_power(x, s, state, 0, True, "triton")
-                measure_gradient_power(x, t, s, s, t, state, True, "triton")
+                measure_power(x, s, state, 0, "triton")
+                measure_gradient_power(x, t, s, s, t, state, "triton")
         assert torch.equal(first, second)
         more = first - states(1)[0]
         assert (more[:, POWER_COUNT] == times).all()
