@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import hadamard, quantize, quantize_gradient, swiglu
+from lightning_int8.kernels import hadamard, hadamard_fused, quantize, quantize_gradient, swiglu
 from lightning_int8.kernels.hadamard_ops import TOKENS
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 
@@ -105,6 +105,24 @@ class Case:
             partial = 2 * gradient_partial
             # dH, gate, up and both gradients are read, both gradients are written.
             reads = 7 * x.nbytes
+        elif op == "row + hadamard":
+            self.run = lambda: hadamard_fused.quantize_row_hadamard(x, state, 0, rate, capacity, block, True)
+            out = self.run()
+            fallen = int((out[2] >= 0).sum())
+            partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
+            partial += 4 * columns * (blocks_along(rows, TOKENS) + 1)
+        elif op == "gradient + hadamard":
+            self.run = lambda: hadamard_fused.quantize_row_gradient_hadamard(
+                x, t, state, rate, capacity, block, True, False
+            )
+            out = self.run()
+            fallen = int((out[2] >= 0).sum())
+            partial = 4 * 2 * rows * blocks_along(columns, block) + 4 * columns * (blocks_along(rows, TOKENS) + 1)
+        elif op == "gradient, dgrad":
+            folded = x, t, None, None, state, rate, capacity, block, True, "nothing", False
+            self.run = lambda: quantize_gradient.quantize_row_gradient(*folded)
+            out = self.run()
+            fallen, partial = int((out[2] >= 0).sum()), 4 * 2 * rows * blocks_along(columns, block)
         elif op.startswith("gradient"):
             arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True
             self.run = lambda: quantize_gradient.quantize_row_gradient(*arguments)
@@ -154,7 +172,9 @@ def main() -> None:
                 ("gradient, stochastic", arguments.rate), ("gradient, stochastic small", arguments.rate),
                 ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
-                ("hadamard", 0.0), ("hadamard, swiglu", 0.0),
+                ("hadamard", 0.0), ("hadamard, swiglu", 0.0), ("row, one layout", arguments.rate),
+                ("row + hadamard", arguments.rate), ("gradient, dgrad", arguments.rate),
+                ("gradient + hadamard", arguments.rate),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)
                 ms = milliseconds(case.run)

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "hadamard_scales": {block: {"num_warps": 4, "PART": 32, "CHUNK": 64} for block in BLOCKS},
     "hadamard_planes": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
     # Blocks of one transform's rows only.
-    "row_hadamard_statistics": {128: {"num_warps": 8, "maxnreg": 128}},
+    "row_hadamard_statistics": {128: {"num_warps": 8}},
     "row_hadamard_planes": {128: {"num_warps": 8, "PART": 64}},
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }

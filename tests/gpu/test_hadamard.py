@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels import backends, ops
-from lightning_int8.kernels.hadamard_ops import quantize_hadamard
+from lightning_int8.kernels import backends, ops, swiglu_ops
+from lightning_int8.kernels.hadamard_ops import (
+    quantize_hadamard,
+    quantize_row_gradient_hadamard,
+    quantize_row_hadamard,
+    swiglu_row_hadamard,
+)
 from lightning_int8.kernels.planes import QuantizedMatrix
 from tests.assertions import sqnr_db
 from tests.gpu.test_numerics import NATIVE, heavy_tailed, skip_unless_it_runs
@@ -51,3 +56,36 @@ def test_large_operands_are_near_the_reference_and_repeat(dtype, activation):
     assert (low_t != wanted).float().mean() < 1e-3
     for _ in range(20):
         assert all(map(torch.equal, quantize_hadamard(x, up, 128, backend), (low_t, scale)))
+
+
+@pytest.mark.parametrize("shape", [(16384, 4096), (4096 + 7, 1416)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capacity", [0, 500])
+def test_both_operands_in_one_read_are_those_of_two(shape, dtype, capacity):
+    backend = backends.choose("auto", torch.device("cuda", 0))
+    g = torch.Generator("cuda").manual_seed(0)
+    x, up = (torch.randn(shape, device="cuda", generator=g).mul_(4).to(dtype) for _ in range(2))
+    t = torch.rand(shape[1], device="cuda", generator=g)
+    states = [torch.full((3, 5), float("nan"), device="cuda") for _ in range(2)]
+    for state in states:
+        state[:, 1:3] = 0
+    rest = 0.1, capacity, 128, True
+    apart, both = [], []
+    low, _, high, _, slot, scale, _ = ops.quantize_row(x, states[0], 0, *rest, False, backend)
+    apart += [low, high, slot, scale, *quantize_hadamard(x, None, 128, backend)]
+    both += quantize_row_hadamard(x, states[1], 0, *rest, backend)
+    low, high, slot, scale, *_, dbias = ops.quantize_row_gradient(
+        x, t, None, None, states[0], *rest, "nothing", True, backend, []
+    )
+    apart += [low, high, slot, scale, *quantize_hadamard(x, None, 128, backend)]
+    *planes, got_dbias, low_t, mixed = quantize_row_gradient_hadamard(x, t, states[1], *rest, True, backend, [])
+    both += [*planes, low_t, mixed]
+    h, low, _, high, _, slot, scale, _ = swiglu_ops.swiglu_row(x, up, states[0], 2, *rest, False, backend)
+    apart += [h, low, high, slot, scale, *quantize_hadamard(h, None, 128, backend)]
+    both += swiglu_row_hadamard(x, up, states[1], 2, *rest, backend)
+    # All fallback blocks' high bytes are among the first.
+    fallen = int(states[0][:, 1].min())
+    for wanted, got in zip([*apart, states[0]], [*both, states[1]], strict=True):
+        a, b = (v[:fallen] if v.dim() == 3 else v for v in (wanted, got))
+        torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got_dbias, dbias, rtol=1e-4, atol=1e-2)
