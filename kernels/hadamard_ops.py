@@ -120,7 +120,7 @@ def quantize_row_gradient_hadamard(
         dy, weight_scale, state, seed_rate, capacity, block, update, bias, statistics
     )
     if update:
-        measure_gradient_power(dy, weight_scale, None, out[3], out[3], state, backend)
+        measure_gradient_power(dy, weight_scale, None, out[3], None, state, backend)
     return out
 
 

@@ -56,7 +56,7 @@ def measure_gradient_power(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
     a_step: Tensor,
-    g_step: Tensor,
+    g_step: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> None:
@@ -67,7 +67,7 @@ def measure_gradient_power(
         weight_scale: Contiguous.
         input_scale: Contiguous.
         a_step: Contiguous.
-        g_step: Contiguous; unused without ``input_scale``.
+        g_step: Contiguous.
         state: Contiguous.
         backend: Who runs it.
     """

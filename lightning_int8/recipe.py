@@ -187,6 +187,12 @@ class Int8Recipe:
 
     def _check_budget(self) -> None:
         if self.budget is None:
+            for name in ("activation_band", "gradient_band"):
+                if getattr(self, name) == ANY_RATE and self.scaling != "vector":
+                    raise ValueError(
+                        f"Int8Recipe.{name}=(0, 1) without a budget would never move a threshold. Give the band its "
+                        "limits, such as (0.1, 0.3), or set a budget."
+                    )
             return
         _check_number("budget", self.budget)
         bands = (self.activation_band, self.gradient_band)

@@ -87,6 +87,7 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"outlier_threshold": 6.0}, ValueError, r"needs scaling='vector'"),
         ({"scaling": "vector"}, ValueError, r"budget=0.2 needs scaling=.* set it to None"),
         ({"scaling": "vector", "budget": None}, ValueError, r"has no block fallback"),
+        ({"budget": None}, ValueError, r"activation_band=\(0, 1\) without a budget .* such as \(0.1, 0.3\)"),
         ({"activation_band": (0.1, 0.3)}, ValueError, r"budget=0.2 with .* or no fallback, set budget=None"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),
         ({"bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) bands"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from lightning_int8 import convert_to_int8, fallback_states
+from lightning_int8 import convert_to_int8, fallback_states, schemes
 from lightning_int8.kernels import ops
 
 
@@ -28,14 +30,20 @@ class Attention(nn.Module):
 def calls(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the activations that were quantized."""
     seen: list[tuple[int, ...]] = []
-    original = ops.quantize_row
 
-    def counting(x, state, operand, seed_rate, capacity, *rest):
-        if capacity:
-            seen.append(tuple(x.shape))
-        return original(x, state, operand, seed_rate, capacity, *rest)
+    def count(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
 
-    monkeypatch.setattr(ops, "quantize_row", counting)
+        def counting(x, state, operand, seed_rate, capacity, *rest):
+            if capacity:
+                seen.append(tuple(x.shape))
+            return original(x, state, operand, seed_rate, capacity, *rest)
+
+        monkeypatch.setattr(module, name, counting)
+
+    # Where no gradient is wanted, and where the wgrad's operand is made along with the forward's.
+    count(ops, "quantize_row")
+    count(schemes, "quantize_row_hadamard")
     return seen
 
 
