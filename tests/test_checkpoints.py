@@ -18,6 +18,9 @@ from tests.two_processes import DEVICES, results
 
 RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
 
+# How near a resumed run is to one device's. FSDP's sums over NCCL differ from one device's in the last bit, by which an
+# integer can be rounded the other way: on two H200 the losses of one step differed by 5e-4, in all strategies alike.
+NEAR = {"cpu": 1e-5, "gpu": 2e-3}
 # With `--dist loadgroup` one worker takes the whole file, which has one run.
 pytestmark = pytest.mark.xdist_group("checkpoints")
 
@@ -52,7 +55,7 @@ def assert_follows(ranks: list[dict[str, Any]], name: str, expected: dict[str, A
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_follows_one_device(ranks, one_device, name: str) -> None:
     expected = one_device["int8 1" if name.startswith("single") else "int8 2"]
-    assert_follows(ranks, name, expected, 1e-5)
+    assert_follows(ranks, name, expected, NEAR[one_device["device"]])
     assert_same(ranks[0][name]["thresholds"], ranks[1][name]["thresholds"])
     tables = ranks[0][name]["thresholds"], expected["thresholds"]
     torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -62,7 +65,7 @@ def test_a_resumed_run_follows_one_device(ranks, one_device, name: str) -> None:
 @pytest.mark.parametrize("name", [source for source, targets in PAIRS.items() if targets == ANY])
 def test_one_device_takes_over(one_device, name: str) -> None:
     resumed = run(one_device["folder"], one_device["device"], "single", 2, one_device["folder"] / name)
-    assert resumed["losses"] == pytest.approx(one_device["int8 2"]["losses"], rel=1e-5)
+    assert resumed["losses"] == pytest.approx(one_device["int8 2"]["losses"], rel=NEAR[one_device["device"]])
 
 
 @pytest.mark.parametrize("name", PLAIN)

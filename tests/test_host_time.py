@@ -25,8 +25,8 @@ print("repeated", sum(map(callable, kinds)), "of", len(kinds), "fine" if found["
 
 
 @pytest.mark.parametrize(
-    # X, W, Wᵀ, dY and three products, and the sums that the budget of `row` takes of X and dY; with `block`, forward and
-    # dgrad of a square weight are of one kind.
+    # X, W, Wᵀ, dY and three products, and the sums that the budget of `row` takes of X and dY; with `block`, forward
+    # and dgrad of a square weight are of one kind.
     ("recipe", "kinds"),
     [("row", 9), ("block", 6)],
 )
