@@ -1,7 +1,8 @@
 """X and dY quantized for two products in two reads: for the forward or dgrad by rows, for the wgrad transformed.
 
 Of blocks of 128, each of which has the rows that one transform mixes, one kernel of the first read finds both AbsMax,
-and one of the second writes both planes. Other blocks, and what has no elements, are quantized one after the other.
+and one of the second writes both planes. Other blocks, wider elements than 16 bits, which registers do not hold, and
+what has no elements are quantized one after the other.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def quantize_row_hadamard(
         ``low``, ``high``, ``slot`` and ``scale`` by rows, ``low_t`` and its ``scale`` for the wgrad.
     """
     x, rows, columns, row_blocks, column_blocks = check(x, block)
-    if block != TOKENS or x.numel() == 0:
+    if not _fits(x, block):
         planes = quantize_row(x, state, operand, seed_rate, capacity, block, update, False)
         return *_by_rows(planes), *quantize_hadamard(x, None, block)
     statistics = MatrixStatistics.empty(x, capacity, block)
@@ -138,7 +139,7 @@ def quantize_row_hadamard(
     with on(x):
         row_hadamard_statistics[(row_blocks * column_blocks,)](
             x, None, *statistics, None, mixed_amax, rows, columns, *x.stride(),
-            **_statistics_options(x),
+            **options("row_hadamard_statistics", TOKENS),
         )  # fmt: skip
     return _row_from_statistics(x, statistics, mixed_amax, state, operand, seed_rate, capacity, update)
 
@@ -158,7 +159,7 @@ def swiglu_row_hadamard(
     Returns:
         ``h``, then the six tensors of `quantize_row_hadamard`.
     """
-    if block != TOKENS:
+    if not _fits(gate, block):
         h, *planes = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
         return h, *_by_rows(planes), *quantize_hadamard(h, None, block)
     gate, up = _inputs(block, gate, up)
@@ -191,7 +192,7 @@ def quantize_row_gradient_hadamard(
         A's ``low``, ``high``, ``slot`` and ``scale``, ``dbias``, ``low_t`` and its ``scale`` for the wgrad.
     """
     dy, rows, columns, row_blocks, column_blocks = check(dy, block)
-    if block != TOKENS or dy.numel() == 0:
+    if not _fits(dy, block):
         low, high, slot, scale, *_, dbias = quantize_row_gradient(
             dy, weight_scale, None, None, state, seed_rate, capacity, block, update, "nothing", bias, statistics
         )
@@ -209,7 +210,7 @@ def quantize_row_gradient_hadamard(
             mixed_amax = new.int32(row_blocks, columns)
             row_hadamard_statistics[(row_blocks * column_blocks,)](
                 dy, weight_scale, found.a_amax, found.a_weight, found.a_block_amax, found.column_sums, mixed_amax,
-                rows, columns, *dy.stride(), **_statistics_options(dy),
+                rows, columns, *dy.stride(), **options("row_hadamard_statistics", TOKENS),
             )  # fmt: skip
         gradient_select[(row_blocks + column_blocks, blocks_along(block, sizes["PART"]))](
             found.a_block_amax, operand_state(state, 1), found.a_amax, found.a_weight, int32_limit(columns), slot,
@@ -220,10 +221,9 @@ def quantize_row_gradient_hadamard(
     return low, high, slot, scale, dbias, *_planes(dy, weight_scale, scale, slot, low, high, mixed_amax)
 
 
-def _statistics_options(x: Tensor) -> dict:
-    """As `options`; twice the warps where elements are wider than 16 bits."""
-    found = options("row_hadamard_statistics", TOKENS)
-    return found | {"num_warps": found["num_warps"] * 2} if x.element_size() > 2 else found
+def _fits(x: Tensor, block: int) -> bool:
+    """Whether ``x`` is what the kernels here take."""
+    return block == TOKENS and x.numel() > 0 and x.element_size() == 2
 
 
 def _by_rows(planes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
