@@ -143,8 +143,9 @@ class FallbackState:
             raise ValueError(
                 f"Thresholds for operands {list(state['operands'])} ({state['tensor'].shape[1]} numbers each) cannot "
                 f"be restored into a layer whose recipe {self.recipe.describe()} has {list(self.operands)} "
-                f"({self.columns} each). Use the recipe the checkpoint was trained with (for three operands of 'row': "
-                "wgrad_hadamard=False), or drop the saved thresholds to seed new ones."
+                f"({self.columns} each). Use the recipe the checkpoint was trained with (once the default: 'row' with "
+                "wgrad_hadamard=False, budget=None and bands of (0.1, 0.3)), or drop the saved thresholds to seed new "
+                "ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 
