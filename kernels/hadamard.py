@@ -238,24 +238,41 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     # Tiles have 128 rows, whatever the block.
     x, rows, columns, _, _ = check(x, TOKENS)
     new = Allocator(x.device)
-    low_t, scale = new.int8(columns, padded_tokens(rows, block)), new.float32(columns)
+    low_t = new.int8(columns, padded_tokens(rows, block))
     if x.numel() == 0:
-        return low_t, scale.fill_(MIN_SCALE)
-    groups = blocks_along(rows, TOKENS)
-    amax, inverse = new.int32(groups, columns), new.float32(columns)
-    size = rows, columns, *x.stride()
-    statistics, scales, planes = (
-        _options(kernel, block, x, up) for kernel in ("hadamard_statistics", "hadamard_scales", "hadamard_planes")
-    )
+        return low_t, new.float32(columns).fill_(MIN_SCALE)
+    scale, inverse = scales_from(largest_of(x, up, block), block)
+    planes = _options("hadamard_planes", block, x, up)
     with on(x):
-        hadamard_statistics[(groups * blocks_along(columns, statistics["PART"]),)](x, up, amax, *size, **statistics)
-        hadamard_scales[(blocks_along(columns, scales["PART"]),)](amax, scale, inverse, groups, columns, **scales)
-        hadamard_planes[(groups * blocks_along(columns, planes["PART"]),)](x, up, inverse, low_t, *size, **planes)
+        hadamard_planes[(blocks_along(rows, TOKENS) * blocks_along(columns, planes["PART"]),)](
+            x, up, inverse, low_t, rows, columns, *x.stride(), **planes
+        )
     return low_t, scale
+
+
+def largest_of(x: Tensor, up: Tensor | None, block: int) -> Tensor:
+    """The first read of what `quantize_hadamard` takes, at least one element: ``amax`` of `hadamard_statistics`."""
+    rows, columns = x.shape
+    groups, chosen = blocks_along(rows, TOKENS), _options("hadamard_statistics", block, x, up)
+    amax = Allocator(x.device).int32(groups, columns)
+    with on(x):
+        hadamard_statistics[(groups * blocks_along(columns, chosen["PART"]),)](
+            x, up, amax, rows, columns, *x.stride(), **chosen
+        )
+    return amax
+
+
+def scales_from(amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``inverse`` of `hadamard_scales`."""
+    (groups, columns), new, chosen = amax.shape, Allocator(amax.device), options("hadamard_scales", block)
+    scale, inverse = new.float32(columns), new.float32(columns)
+    with on(amax):
+        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](amax, scale, inverse, groups, columns, **chosen)
+    return scale, inverse
 
 
 def _options(kernel: str, block: int, x: Tensor, up: Tensor | None) -> dict:
     """As `options`; half the columns at a time where elements are wider than 16 bits, or come from two tensors."""
     found = options(kernel, block)
     wide = up is not None or x.element_size() > 2
-    return found | {"PART": found["PART"] // 2} if wide and kernel != "hadamard_scales" else found
+    return found | {"PART": found["PART"] // 2} if wide else found

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_int8.kernels.hadamard import (
-    _options,
-    hadamard_scales,
-    hadamard_statistics,
+    largest_of,
     quantize_hadamard,
+    scales_from,
     store_largest,
     store_transformed,
 )
@@ -36,12 +34,12 @@ from lightning_int8.kernels.quantize_launch import (
     on,
     operand_state,
     options,
-    row_options,
+    parts,
     select_sizes,
 )
 from lightning_int8.kernels.select import gradient_select
 from lightning_int8.kernels.statistics import load_tile, row_statistics
-from lightning_int8.kernels.swiglu import _grid, _inputs, swiglu_row, swiglu_statistics
+from lightning_int8.kernels.swiglu import activation, swiglu_row
 
 _B = tl.constexpr(TOKENS)
 
@@ -162,14 +160,8 @@ def swiglu_row_hadamard(
     if not _fits(gate, block):
         h, *planes = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
         return h, *_by_rows(planes), *quantize_hadamard(h, None, block)
-    gate, up = _inputs(block, gate, up)
-    h = torch.empty_like(gate)
-    statistics = MatrixStatistics.empty(h, capacity, block)
-    with on(h):
-        swiglu_statistics[_grid(h, block)](
-            gate, up, h, *statistics, *h.shape, B=block, **row_options("swiglu_statistics", block, h)
-        )
-        mixed_amax = _mixed_amax(h)
+    h, statistics = activation(gate, up, capacity, block)
+    mixed_amax = largest_of(h, None, block)
     return h, *_row_from_statistics(h, statistics, mixed_amax, state, operand, seed_rate, capacity, update)
 
 
@@ -204,7 +196,7 @@ def quantize_row_gradient_hadamard(
     with on(dy):
         if len(statistics) > 0:
             found = GradientStatistics(*(part if part.numel() > 0 else None for part in statistics))
-            mixed_amax = _mixed_amax(dy)
+            mixed_amax = largest_of(dy, None, block)
         else:
             found = GradientStatistics.empty(dy, True, False, bias, capacity, block)
             mixed_amax = new.int32(row_blocks, columns)
@@ -232,18 +224,6 @@ def _by_rows(planes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return low, high, slot, scale
 
 
-def _mixed_amax(x: Tensor) -> Tensor:
-    """The first read of ``x`` transformed, where something else has found its other statistics."""
-    rows, columns = x.shape
-    groups = blocks_along(rows, TOKENS)
-    mixed_amax = Allocator(x.device).int32(groups, columns)
-    chosen = _options("hadamard_statistics", TOKENS, x, None)
-    hadamard_statistics[(groups * blocks_along(columns, chosen["PART"]),)](
-        x, None, mixed_amax, rows, columns, *x.stride(), **chosen
-    )
-    return mixed_amax
-
-
 def _row_from_statistics(
     x: Tensor,
     statistics: MatrixStatistics,
@@ -267,16 +247,12 @@ def _planes(
     x: Tensor, fold: Tensor | None, scale: Tensor, slot: Tensor, low: Tensor, high: Tensor, mixed_amax: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The second read: writes ``low`` and ``high``; returns the transformed integers, transposed, and their scales."""
-    (rows, columns), (groups, _) = x.shape, mixed_amax.shape
-    new = Allocator(x.device)
-    low_t, mixed_scale, inverse = new.int8(columns, padded(rows, TOKENS)), new.float32(columns), new.float32(columns)
-    scales, planes = options("hadamard_scales", TOKENS), _options("row_hadamard_planes", TOKENS, x, None)
+    rows, columns = x.shape
+    low_t = Allocator(x.device).int8(columns, padded(rows, TOKENS))
+    mixed_scale, inverse = scales_from(mixed_amax, TOKENS)
     with on(x):
-        hadamard_scales[(blocks_along(columns, scales["PART"]),)](
-            mixed_amax, mixed_scale, inverse, groups, columns, **scales
-        )
-        row_hadamard_planes[(slot.numel() * (TOKENS // planes["PART"]),)](
+        row_hadamard_planes[parts("row_hadamard_planes", slot.numel(), TOKENS)](
             x, fold, scale, slot if high.shape[0] > 0 else None, low, high, inverse, low_t, rows, columns, *x.stride(),
-            **planes,
+            **options("row_hadamard_planes", TOKENS),
         )  # fmt: skip
     return low_t, mixed_scale

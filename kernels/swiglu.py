@@ -231,15 +231,20 @@ def swiglu_row(
     Returns:
         ``h [R, Q]`` in ``gate``'s dtype, then the seven tensors of `quantize_row`.
     """
+    h, statistics = activation(gate, up, capacity, block)
+    return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
+
+
+def activation(gate: Tensor, up: Tensor, capacity: int, block: int) -> tuple[Tensor, MatrixStatistics]:
+    """``h = silu(gate)·up`` and its statistics, from what `swiglu_row` takes."""
     gate, up = _inputs(block, gate, up)
     h = torch.empty_like(gate)
-    rows, columns = h.shape
     statistics = MatrixStatistics.empty(h, capacity, block)
     with on(h):
         swiglu_statistics[_grid(h, block)](
-            gate, up, h, *statistics, rows, columns, B=block, **row_options("swiglu_statistics", block, h)
+            gate, up, h, *statistics, *h.shape, B=block, **row_options("swiglu_statistics", block, h)
         )
-    return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
+    return h, statistics
 
 
 def swiglu_gradient(
