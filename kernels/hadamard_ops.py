@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row, quantize_row_gradient
+from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row, quantize_row_gradient
 from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.power import measure_gradient_power, measure_power
+from lightning_int8.kernels.replay import repeated
 
 # Adjacent tokens that are mixed.
 TOKENS = 128
@@ -31,7 +32,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
         module = "hadamard_reference"
     else:
         module = "hadamard" if name == "quantize_hadamard" else "hadamard_fused"
-    return _repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
+    return repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
 @_define("quantize_hadamard")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, groups_along, padded
 from lightning_int8.kernels.power import measure_gradient_power, measure_power
-from lightning_int8.kernels.replay import Replayed
+from lightning_int8.kernels.replay import repeated
 
 _library = torch.library.Library("lightning_int8", "DEF")
 
@@ -44,15 +44,10 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"lightning_int8::{name}", lib=_library)
 
 
-def _repeated(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of ``backend``, repeated from what it launched before if it launches anything."""
-    return function if backend == "reference" else Replayed(function)
-
-
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
     """``backend``'s function."""
-    return _repeated(backend, getattr(backends.load(backend), name))
+    return repeated(backend, getattr(backends.load(backend), name))
 
 
 def _may_count() -> bool:
@@ -216,7 +211,7 @@ def _product(backend: str, kernel: str, grouped: bool) -> Callable[..., Tensor]:
         return function(a, b, out_dtype, group_blocks) if grouped else function(a, b, bias, out_dtype)
 
     # Groups' sums are freed one after another, which memory shared by all that is not returned would not be.
-    return product if grouped else _repeated(backend, product)
+    return product if grouped else repeated(backend, product)
 
 
 def _gemm_op(name: str, kernel: str) -> torch._ops.OpOverload:

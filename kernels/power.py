@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_int8.kernels.replay import Replayed
+from lightning_int8.kernels.replay import repeated
 
 # Columns of a layer's state, behind those that the quantize kernels write; it has them under a budget only.
 POWER_SUM, STEP_SUM, POWER_COUNT = 5, 6, 7
@@ -31,10 +31,9 @@ def sampling(rows: int) -> tuple[int, int]:
 
 @functools.cache
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """The function ``name``, repeated from what it launched before; both native backends share one."""
-    if backend == "reference":
-        return getattr(import_module("lightning_int8.kernels.power_reference"), name)
-    return Replayed(getattr(import_module("lightning_int8.kernels.power_sums"), name))
+    """The function ``name``; both native backends share one."""
+    module = "power_reference" if backend == "reference" else "power_sums"
+    return repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
 def measure_power(x: Tensor, step: Tensor | None, state: Tensor | None, operand: int, backend: str) -> None:

@@ -32,6 +32,11 @@ _NEVER_SEEN, _SEEN = "never seen", "seen"
 _EMPTY = {"cuda": torch._C._dynamo.guards._empty_strided_cuda, "cpu": torch._C._dynamo.guards._empty_strided_cpu}
 
 
+def repeated(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of ``backend``, repeated from what it launched before if it launches anything."""
+    return function if backend == "reference" else Replayed(function)
+
+
 class Replayed:
     """``function(*args)``, which allocates and launches, with less host time from its third call of a kind on.
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.ops import _define, _fake, _may_count, _repeated, quantize_row
+from lightning_int8.kernels.ops import _define, _fake, _may_count, quantize_row
 from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.power import measure_power
+from lightning_int8.kernels.replay import repeated
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     function = getattr(import_module(f"lightning_int8.kernels.{module}"), name)
     if name == "swiglu_gradient":
         function = _writing_over(function)
-    return _repeated(backend, function)
+    return repeated(backend, function)
 
 
 def _writing_over(gradient: Callable[..., Any]) -> Callable[..., Any]:
