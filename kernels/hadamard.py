@@ -106,6 +106,15 @@ def _four(lower, upper):
     return p + r, q + s, p - r, q - s
 
 
+@triton.jit
+def _by_place(y0, y1, y2, y3, y4, y5, y6, y7):
+    """The eight parts of `_transform`, transposed: ``[PART, 128]``, the places in their order."""
+    PART: tl.constexpr = y0.shape[1]
+    # [16, PART, b6, b1, b0]
+    y = tl.join(tl.join(tl.join(y0, y4), tl.join(y2, y6)), tl.join(tl.join(y1, y5), tl.join(y3, y7)))
+    return tl.reshape(tl.permute(tl.reshape(y, [2, 8, PART, 2, 4]), (2, 3, 1, 0, 4)), [PART, _TOKENS])
+
+
 @CachedLaunch
 @triton.jit
 def hadamard_statistics(
@@ -203,22 +212,20 @@ def store_transformed(tile, factor, low_t, group, column, rows, columns):
     c = column + tl.arange(0, PART)
     mask = _finite_mask(factor)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
-    # [16, PART, b6, b1, b0]
-    low = tl.join(
-        tl.join(
-            tl.join(_integers(y0, factor, mask), _integers(y4, factor, mask)),
-            tl.join(_integers(y2, factor, mask), _integers(y6, factor, mask)),
-        ),
-        tl.join(
-            tl.join(_integers(y1, factor, mask), _integers(y5, factor, mask)),
-            tl.join(_integers(y3, factor, mask), _integers(y7, factor, mask)),
-        ),
+    low = _by_place(
+        _integers(y0, factor, mask),
+        _integers(y1, factor, mask),
+        _integers(y2, factor, mask),
+        _integers(y3, factor, mask),
+        _integers(y4, factor, mask),
+        _integers(y5, factor, mask),
+        _integers(y6, factor, mask),
+        _integers(y7, factor, mask),
     )
-    low = tl.permute(tl.reshape(low, [2, 8, PART, 2, 4]), (2, 3, 1, 0, 4))
     pitch = tl.cdiv(rows, _TOKENS) * _TOKENS
     low_t += column.to(tl.int64) * pitch + group * _TOKENS
     at = tl.arange(0, PART)[:, None] * pitch + tl.arange(0, _TOKENS)[None, :]
-    tl.store(low_t + at, tl.reshape(low, [PART, _TOKENS]), mask=(c < columns)[:, None])
+    tl.store(low_t + at, low, mask=(c < columns)[:, None])
 
 
 def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A wgrad operand with the tokens mixed by a Hadamard transform, as opaque `torch.library` ops."""
+"""Operands with tokens or features mixed by a Hadamard transform, as opaque `torch.library` ops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.power import measure_gradient_power, measure_power
 from lightning_int8.kernels.replay import repeated
 
-# Adjacent tokens that are mixed.
+# Adjacent tokens, or features, that are mixed.
 TOKENS = 128
 
 
@@ -31,7 +31,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     if backend == "reference":
         module = "hadamard_reference"
     else:
-        module = "hadamard" if name == "quantize_hadamard" else "hadamard_fused"
+        module = {"quantize_hadamard": "hadamard", "mix_features": "hadamard_features"}.get(name, "hadamard_fused")
     return repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
@@ -46,6 +46,18 @@ def _(x, up, block, backend):
     rows, columns = x.shape
     low_t = x.new_empty(columns, padded_tokens(rows, block), dtype=torch.int8)
     return low_t, x.new_empty(columns, dtype=torch.float32)
+
+
+@_define("mix_features")
+def mix_features(x: Tensor, up: Tensor | None, backend: str) -> Tensor:
+    """See :func:`lightning_int8.kernels.hadamard_reference.mix_features`."""
+    return _implementation(backend, "mix_features")(x, up)
+
+
+@_fake("mix_features")
+def _(x, up, backend):
+    dtype = torch.float32 if x.dtype is torch.float64 else x.dtype
+    return x.new_empty(x.shape[0], padded(x.shape[1], TOKENS), dtype=dtype)
 
 
 @_define("quantize_row_hadamard", mutates=["state"])

@@ -1,8 +1,11 @@
-"""The ground truth of `quantize_hadamard`: what a Hadamard transform over tokens leaves to quantize in the wgrad.
+"""The ground truth of Hadamard transforms: over tokens, for the wgrad, and over features, for the forward.
 
 ``dW = dYᵀ X`` is a sum over tokens, so an orthogonal transform of the tokens, the same for dY and X, leaves it as it
 is: ``(R dY)ᵀ (R X) = dYᵀ X``. Each value of ``R x`` holds a share of 128 tokens, large and small ones, so that one
 scale a feature and 8 bits are enough without fallback.
+
+``Y = X Wᵀ`` is a sum over in-features, and the same holds for them: ``(X Rᵀ) (W Rᵀ)ᵀ = X Wᵀ``. A feature with large
+values is spread over 128 of them in each token.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
-from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE
+from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE, padded
 from lightning_int8.kernels.reference import _over, quantize_row, quantize_row_gradient
 from lightning_int8.kernels.swiglu_reference import swiglu_row
 
@@ -40,6 +43,29 @@ def transform(x: Tensor) -> Tensor:
         a, b = mixed.unflatten(1, (-1, 2, 1 << bit)).unbind(2)
         mixed = torch.stack([a + b, a - b], 2).flatten(1, 3)
     return mixed.flatten(0, 1)
+
+
+def mix_features(x: Tensor, up: Tensor | None) -> Tensor:
+    """``x Rᵀ``: X or W as the forward contracts over its features, to be quantized by rows.
+
+    Columns are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
+    Sums are float32 and rounded once, to bfloat16 by far less than to 8 bits. A kernel may take them in another order.
+
+    Args:
+        x: float ``[M, Q]``, any strides.
+        up: ``None``, or like ``x``: what is transformed is ``silu(x)·up``, as PyTorch rounds it in the dtype of ``x``.
+
+    Returns:
+        ``[M, Q']``, ``Q'`` being ``Q`` rounded up to 128, contiguous, in the dtype of ``x`` (float64: float32). NaN and
+        infinities reach all 128 features. A value too large for the dtype is infinite, which takes a norm of 128
+        features larger than the dtype holds.
+    """
+    if up is not None:
+        x = F.silu(x) * up
+    columns = x.shape[1]
+    mixed = transform(F.pad(x.float(), (0, padded(columns, TOKENS) - columns)).t()) * TOKENS**0.5
+    dtype = torch.float32 if x.dtype is torch.float64 else x.dtype
+    return mixed.t().to(dtype).contiguous()
 
 
 def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:

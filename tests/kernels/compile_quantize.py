@@ -14,6 +14,7 @@ import torch
 
 from lightning_int8.kernels import (
     hadamard,
+    hadamard_features,
     hadamard_fused,
     power_sums,
     quantize,
@@ -40,6 +41,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
     hadamard.quantize_hadamard(x, None, block)
+    hadamard_features.mix_features(x, None)
     hadamard_fused.quantize_row_hadamard(x, state, 0, 0.2, capacity, block, True)
     hadamard_fused.quantize_row_gradient_hadamard(x, t, state, 0.2, capacity, block, True, True)
     if dtype is not torch.float64 and not transposed:
@@ -48,6 +50,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
         swiglu_planes.swiglu_planes(x, x, s, slot, capacity, block)
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
         hadamard.quantize_hadamard(x, x, block)
+        hadamard_features.mix_features(x, x)
 
 
 def launch_many_blocks(block: int, rows: int, columns: int) -> None:

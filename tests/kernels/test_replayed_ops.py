@@ -245,6 +245,15 @@ else:
         equal(hadamard_ops._implementation(backend, "quantize_hadamard"), arguments)
 
     @pytest.mark.parametrize("backend", NATIVE)
+    @pytest.mark.parametrize("activation", [False, True])
+    def test_mixed_features(backend, activation):
+        def arguments(seed):
+            x, up = (matrix(s, ROWS, 128 + COLUMNS, torch.float16) for s in (seed, seed + 9))
+            return (x, up) if activation else (x.t().contiguous().t(), None)
+
+        equal(hadamard_ops._implementation(backend, "mix_features"), arguments)
+
+    @pytest.mark.parametrize("backend", NATIVE)
     def test_hadamard_beside_rows(backend):
         # Fused in blocks of 128 only.
         rest = 0.2, 3, 128, True
