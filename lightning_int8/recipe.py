@@ -77,6 +77,10 @@ class Int8Recipe:
             product as it is (:mod:`lightning_int8.kernels.hadamard_reference`; NVFP4 training has one over 16, arXiv
             2509.25149). dW gets more accurate and its GEMM faster than with fallback. Otherwise X is quantized once
             for both GEMMs, and both operands have fallback. Only with ``scaling="row"`` and the wgrad in INT8.
+        forward_hadamard: Quantize the forward's operands after a Hadamard transform over 128 in-features, which spreads
+            features with large values and leaves the product as it is (QuaRot, arXiv 2404.00456). Y gets more accurate,
+            also without fallback, for one more read and write of X and W; the dgrad takes W as it is, quantized apart.
+            Only with ``scaling="row"`` and the forward in INT8; a wgrad in INT8 needs ``wgrad_hadamard``.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
             as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.
             ``None``: all tokens share them. Only with ``scaling="row"`` and without ``wgrad_hadamard``.
@@ -109,6 +113,7 @@ class Int8Recipe:
     dgrad: bool = True
     wgrad: bool = True
     wgrad_hadamard: bool = True
+    forward_hadamard: bool = False
     wgrad_group_tokens: int | None = None
     fuse_swiglu: bool = True
     recompute_swiglu: RecomputeSwiGLU = "nothing"
@@ -119,7 +124,7 @@ class Int8Recipe:
         _check_choice("scaling", self.scaling, get_args(Scaling))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("recompute_swiglu", self.recompute_swiglu, get_args(RecomputeSwiGLU))
-        for name in ("forward", "dgrad", "wgrad", "wgrad_hadamard", "fuse_swiglu"):
+        for name in ("forward", "dgrad", "wgrad", "wgrad_hadamard", "forward_hadamard", "fuse_swiglu"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
@@ -179,11 +184,21 @@ class Int8Recipe:
                 "Int8Recipe.stochastic_rounding='all' with wgrad_hadamard=True, whose operands are rounded to nearest "
                 "alone. Choose stochastic_rounding='small', or wgrad_hadamard=False."
             )
+        if self.transforms_forward and self.wgrad and not self.wgrad_hadamard:
+            raise ValueError(
+                "Int8Recipe.forward_hadamard=True with wgrad_hadamard=False, where forward and wgrad would share X's "
+                "integers. Leave wgrad_hadamard at True, or forward_hadamard at False."
+            )
 
     @property
     def transforms_wgrad(self) -> bool:
         """Whether ``wgrad_hadamard`` applies: with `row` scaling and the wgrad in INT8."""
         return self.wgrad_hadamard and self.wgrad and self.scaling == "row"
+
+    @property
+    def transforms_forward(self) -> bool:
+        """Whether ``forward_hadamard`` applies: with `row` scaling and the forward in INT8."""
+        return self.forward_hadamard and self.forward and self.scaling == "row"
 
     def _check_budget(self) -> None:
         if self.budget is None:

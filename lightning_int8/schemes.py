@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
 from lightning_int8.kernels.hadamard_ops import (
+    mix_features,
     quantize_hadamard,
     quantize_row_gradient_hadamard,
     quantize_row_hadamard,
     swiglu_row_hadamard,
 )
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
-from lightning_int8.recipe import Int8Recipe
+from lightning_int8.recipe import NO_FALLBACK, Int8Recipe
 
 
 class QuantizedInput(NamedTuple):
@@ -128,16 +129,21 @@ class RowScheme(_BlockFallback):
     """One scale a row; the backward folds W's scales into dY, so W is quantized once.
 
     For the wgrad X and dY are quantized apart, transformed (``wgrad_hadamard``). Otherwise X's planes serve there too,
-    and the backward folds their scales into dY.
+    and the backward folds their scales into dY. With ``forward_hadamard`` X and W are quantized for the forward with
+    their features mixed, and W again for the dgrad as it is.
     """
 
     def __init__(self, recipe: Int8Recipe) -> None:
         super().__init__(recipe)
-        self.hadamard = recipe.transforms_wgrad
+        self.hadamard, self.mixes = recipe.transforms_wgrad, recipe.transforms_forward
+        self.quantizes_weight_once = not self.mixes
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         if self.hadamard and not self.recipe.forward:
             return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
+        if self.mixes:
+            saved = quantize_hadamard(x, None, self.block, backend) if wgrad else ()
+            return QuantizedInput(self._mixed(x, None, self.recipe.activation_band, state, update, backend), saved)
         rate, capacity = self._fallback(x, self.recipe.activation_band)
         if self.hadamard and wgrad:
             low, high, slot, scale, *transformed = quantize_row_hadamard(
@@ -150,6 +156,22 @@ class RowScheme(_BlockFallback):
             saved = kept if wgrad else ()
         return QuantizedInput(operand, saved)
 
+    def _mixed(
+        self,
+        x: Tensor,
+        up: Tensor | None,
+        band: tuple[float, float],
+        state: Tensor | None,
+        update: bool,
+        backend: str,
+    ) -> QuantizedMatrix:
+        """The forward's operand of ``x``, or of ``silu(x)·up``, with its features mixed."""
+        mixed = mix_features(x, up, backend)
+        rate, capacity = self._fallback(mixed, band)
+        planes = ops.quantize_row(mixed, state, 0, rate, capacity, self.block, update, False, backend)
+        operand, _ = self._parted(planes, tuple(mixed.shape))
+        return operand
+
     def _parted(
         self, planes: Sequence[Tensor], size: tuple[int, int]
     ) -> tuple[QuantizedMatrix, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -161,9 +183,12 @@ class RowScheme(_BlockFallback):
         self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
     ) -> QuantizedInput:
         """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
-        rate, capacity = self._fallback(gate, self.recipe.activation_band)
         keep = wgrad and not recompute
         saved: tuple[Tensor, ...]
+        if self.mixes:
+            saved = quantize_hadamard(gate, up, self.block, backend) if keep else ()
+            return QuantizedInput(self._mixed(gate, up, self.recipe.activation_band, state, update, backend), saved)
+        rate, capacity = self._fallback(gate, self.recipe.activation_band)
         if self.hadamard and keep:
             h, low, high, slot, scale, *saved_of_h = swiglu_row_hadamard(
                 gate, up, state, 0, rate, capacity, self.block, update, backend
@@ -184,6 +209,8 @@ class RowScheme(_BlockFallback):
         return *swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend), *saved
 
     def quantize_weight(self, weight, transposed, backend):
+        if self.mixes and not transposed:
+            return QuantizedWeight(self._mixed(weight, None, NO_FALLBACK, None, False, backend))
         low, low_t, _, _, _, scale, _ = ops.quantize_row(
             weight, None, 0, 0.0, 0, self.block, False, transposed, backend
         )
@@ -191,7 +218,8 @@ class RowScheme(_BlockFallback):
         forward = QuantizedMatrix(low, None, None, scale, size, self.block)
         if not transposed:
             return QuantizedWeight(forward)
-        return QuantizedWeight(forward, QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
+        dgrad = QuantizedMatrix(low_t, None, None, None, size[::-1], self.block)
+        return QuantizedWeight(None if self.mixes else forward, dgrad, scale)
 
     def transpose_weight(self, weight, scale, backend):
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
@@ -377,6 +405,14 @@ class VectorScheme:
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+
+def quantize_weight_twice(scheme: Scheme, weight: Tensor, backend: str) -> QuantizedWeight:
+    """W for the forward and for the dgrad, in one quantization if the scheme has one for both."""
+    w = scheme.quantize_weight(weight, True, backend)
+    if w.forward is not None:
+        return w
+    return w._replace(forward=scheme.quantize_weight(weight, False, backend).forward)
 
 
 _SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": VectorScheme}

@@ -21,7 +21,7 @@ from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
 from lightning_int8.linear import Int8Linear
 from lightning_int8.recipe import Int8Recipe
-from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme
+from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme, quantize_weight_twice
 from lightning_int8.sharing import leave_planes, shared_planes
 
 
@@ -57,7 +57,7 @@ class _Int8SwiGLU(torch.autograd.Function):
 
         def project(i: int, operand: QuantizedMatrix) -> Tensor:
             w: Any = (kept[i] or scheme.quantize_weight(weights[i], False, backend)).forward
-            scales.append(w.scale)
+            scales.append(w.scale if scheme.quantizes_weight_once else None)
             return scheme.gemm(operand, w, biases[i], dtype, backend)
 
         operand: Any = planes.operand
@@ -86,6 +86,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         ctx.states, ctx.kept = states, kept
         ctx.recipe, ctx.backend, ctx.dtype, ctx.needs, ctx.update = recipe, backend, dtype, needs, update
         ctx.input_size, ctx.input_dtype, ctx.hidden_size = tuple(x.shape), x.dtype, tuple(gate.shape)
+        ctx.operand_size = operand.size
         ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
         return y
 
@@ -103,11 +104,15 @@ class _Int8SwiGLU(torch.autograd.Function):
         scheme = RowScheme(recipe)
 
         def transposed(i: int) -> QuantizedWeight:
-            return ctx.kept[i] or scheme.transpose_weight(weights[i], scales[i], backend)
+            if ctx.kept[i] is not None:
+                return ctx.kept[i]
+            if not scheme.quantizes_weight_once:
+                return scheme.quantize_weight(weights[i], True, backend)
+            return scheme.transpose_weight(weights[i], scales[i], backend)
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
+            gate_up = [ctx.kept[i] or quantize_weight_twice(scheme, weights[i], backend) for i in (0, 1)]
             gate, up = _gate_and_up_again(scheme, ctx, gate_up, kept_activations, x_saved)
         else:
             gate, up = kept_activations
@@ -154,7 +159,7 @@ def _gate_and_up_again(
     gate_bias, up_bias, *operand = kept
     if operand:
         low, high, slot, scale = operand
-        x = QuantizedMatrix(low, high, slot, scale, ctx.input_size, ctx.recipe.block_size)
+        x = QuantizedMatrix(low, high, slot, scale, ctx.operand_size, ctx.recipe.block_size)
     else:
         x = scheme.input_again(x_saved, ctx.input_size)
     return [
