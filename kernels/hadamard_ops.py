@@ -49,13 +49,16 @@ def _(x, up, block, backend):
 
 
 @_define("mix_features")
-def mix_features(x: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    """See :func:`lightning_int8.kernels.hadamard_reference.mix_features`."""
+def mix_features(x: Tensor, up: Tensor | None, backend: str, again: bool = False) -> Tensor:
+    """See :func:`lightning_int8.kernels.hadamard_reference.mix_features`.
+
+    ``again`` only keeps compilers from taking it for one without, and from keeping the result of that one.
+    """
     return _implementation(backend, "mix_features")(x, up)
 
 
 @_fake("mix_features")
-def _(x, up, backend):
+def _(x, up, backend, again=False):
     dtype = torch.float32 if x.dtype is torch.float64 else x.dtype
     return x.new_empty(x.shape[0], padded(x.shape[1], TOKENS), dtype=dtype)
 

@@ -69,6 +69,10 @@ class Scheme(Protocol):
         """W ``[N, K]`` for the forward, or with ``transposed`` for the dgrad (and the forward, if that comes along)."""
         ...
 
+    def quantize_weight_for_both(self, weight: Tensor, backend: str) -> QuantizedWeight:
+        """W ``[N, K]`` for the forward and for the dgrad. In a backward, compilers keep nothing of the forward for it."""
+        ...
+
     def transpose_weight(self, weight: Tensor, scale: Tensor, backend: str) -> QuantizedWeight:
         """W for the dgrad, given the scale of its forward operand: read once. Only if ``quantizes_weight_once``."""
         ...
@@ -164,9 +168,10 @@ class RowScheme(_BlockFallback):
         state: Tensor | None,
         update: bool,
         backend: str,
+        again: bool = False,
     ) -> QuantizedMatrix:
         """The forward's operand of ``x``, or of ``silu(x)·up``, with its features mixed."""
-        mixed = mix_features(x, up, backend)
+        mixed = mix_features(x, up, backend, again)
         rate, capacity = self._fallback(mixed, band)
         planes = ops.quantize_row(mixed, state, 0, rate, capacity, self.block, update, False, backend)
         operand, _ = self._parted(planes, tuple(mixed.shape))
@@ -182,13 +187,15 @@ class RowScheme(_BlockFallback):
     def quantize_swiglu(
         self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
     ) -> QuantizedInput:
-        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
+        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes.
+
+        With mixed features only with ``recompute``: h itself is never made, so its other operand is read anew anyway.
+        """
+        if self.mixes:
+            return QuantizedInput(self._mixed(gate, up, self.recipe.activation_band, state, update, backend), ())
+        rate, capacity = self._fallback(gate, self.recipe.activation_band)
         keep = wgrad and not recompute
         saved: tuple[Tensor, ...]
-        if self.mixes:
-            saved = quantize_hadamard(gate, up, self.block, backend) if keep else ()
-            return QuantizedInput(self._mixed(gate, up, self.recipe.activation_band, state, update, backend), saved)
-        rate, capacity = self._fallback(gate, self.recipe.activation_band)
         if self.hadamard and keep:
             h, low, high, slot, scale, *saved_of_h = swiglu_row_hadamard(
                 gate, up, state, 0, rate, capacity, self.block, update, backend
@@ -220,6 +227,12 @@ class RowScheme(_BlockFallback):
             return QuantizedWeight(forward)
         dgrad = QuantizedMatrix(low_t, None, None, None, size[::-1], self.block)
         return QuantizedWeight(None if self.mixes else forward, dgrad, scale)
+
+    def quantize_weight_for_both(self, weight, backend):
+        w = self.quantize_weight(weight, True, backend)
+        if self.mixes:
+            return w._replace(forward=self._mixed(weight, None, NO_FALLBACK, None, False, backend, again=True))
+        return w
 
     def transpose_weight(self, weight, scale, backend):
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
@@ -338,6 +351,9 @@ class BlockScheme(_BlockFallback):
         forward = self._matrix(low, high, slot, scale, size, 0)
         return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if transposed else None)
 
+    def quantize_weight_for_both(self, weight, backend):
+        return self.quantize_weight(weight, True, backend)
+
     def transpose_weight(self, weight, scale, backend):
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
         size = tuple(weight.shape)[::-1]
@@ -393,6 +409,9 @@ class VectorScheme:
             return QuantizedWeight(None, self._quantize(weight.t(), backend))
         return QuantizedWeight(self._quantize(weight, backend))
 
+    def quantize_weight_for_both(self, weight, backend):
+        return QuantizedWeight(self._quantize(weight, backend), self._quantize(weight.t(), backend))
+
     def transpose_weight(self, weight, scale, backend):
         raise NotImplementedError("scales of W's rows do not serve its columns: quantizes_weight_once is false")
 
@@ -405,14 +424,6 @@ class VectorScheme:
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
-
-
-def quantize_weight_twice(scheme: Scheme, weight: Tensor, backend: str) -> QuantizedWeight:
-    """W for the forward and for the dgrad, in one quantization if the scheme has one for both."""
-    w = scheme.quantize_weight(weight, True, backend)
-    if w.forward is not None:
-        return w
-    return w._replace(forward=scheme.quantize_weight(weight, False, backend).forward)
 
 
 _SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": VectorScheme}

@@ -21,7 +21,7 @@ from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
 from lightning_int8.linear import Int8Linear
 from lightning_int8.recipe import Int8Recipe
-from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme, quantize_weight_twice
+from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme
 from lightning_int8.sharing import leave_planes, shared_planes
 
 
@@ -62,7 +62,7 @@ class _Int8SwiGLU(torch.autograd.Function):
 
         operand: Any = planes.operand
         gate, up = project(0, operand), project(1, operand)
-        recompute = recipe.recompute_swiglu != "nothing"
+        recompute = _recomputes_planes(scheme)
         hidden: Any = scheme.quantize_swiglu(gate, up, states[2][0], update, needs[3], recompute, backend)
         y = project(2, hidden.operand)
         if any(needs):
@@ -112,11 +112,11 @@ class _Int8SwiGLU(torch.autograd.Function):
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            gate_up = [ctx.kept[i] or quantize_weight_twice(scheme, weights[i], backend) for i in (0, 1)]
+            gate_up = [ctx.kept[i] or scheme.quantize_weight_for_both(weights[i], backend) for i in (0, 1)]
             gate, up = _gate_and_up_again(scheme, ctx, gate_up, kept_activations, x_saved)
         else:
             gate, up = kept_activations
-        if needs_down_dw and recipe.recompute_swiglu != "nothing":
+        if needs_down_dw and _recomputes_planes(scheme):
             h_saved = scheme.swiglu_saved(gate, up, h_saved, backend)
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
@@ -151,6 +151,11 @@ class _Int8SwiGLU(torch.autograd.Function):
         (gate_dx, gate_dw, gate_db), (up_dx, up_dw, up_db) = results
         dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
         return dx, gate_dw, up_dw, down_dw, gate_db, up_db, down_db, *[None] * 8
+
+
+def _recomputes_planes(scheme: RowScheme) -> bool:
+    """Whether h's operand of the wgrad is made in the backward: where features are mixed, that costs nothing more."""
+    return scheme.recipe.recompute_swiglu != "nothing" or scheme.mixes
 
 
 def _gate_and_up_again(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_int8.kernels import backends
-from lightning_int8.schemes import QuantizedWeight, quantize_weight_twice, scheme_of
+from lightning_int8.schemes import QuantizedWeight, scheme_of
 
 if TYPE_CHECKING:
     from lightning_int8.linear import Int8Linear
@@ -58,7 +58,7 @@ def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
         if linear.int8_kept_weight is None or linear.int8_kept_weight.source != source:
             recipe = linear.int8_recipe
             backend = backends.choose(recipe.backend, weight.device)
-            planes = quantize_weight_twice(scheme_of(recipe), weight.detach(), backend)
+            planes = scheme_of(recipe).quantize_weight_for_both(weight.detach(), backend)
             linear.int8_kept_weight = KeptWeight(planes, source)
 
 

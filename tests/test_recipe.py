@@ -72,6 +72,12 @@ def test_a_recipe_is_frozen_and_hashable():
             r"stochastic_rounding='all' with wgrad_hadamard=True, .* Choose stochastic_rounding='small', or",
         ),
         ({"wgrad_hadamard": 128}, TypeError, r"wgrad_hadamard=128 must be true or false"),
+        ({"forward_hadamard": 128}, TypeError, r"forward_hadamard=128 must be true or false"),
+        (
+            {"forward_hadamard": True, "wgrad_hadamard": False},
+            ValueError,
+            r"forward_hadamard=True with wgrad_hadamard=False, .* Leave wgrad_hadamard at True",
+        ),
         ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
         (
             {"wgrad_group_tokens": 1000},
