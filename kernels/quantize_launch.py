@@ -32,8 +32,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "hadamard_statistics": {block: {"num_warps": 4, "PART": 64, "maxnreg": 128} for block in BLOCKS},
     "hadamard_scales": {block: {"num_warps": 4, "PART": 32, "CHUNK": 64} for block in BLOCKS},
     "hadamard_planes": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
-    # `maxnreg` as for `hadamard_statistics`.
-    "features_mixed": {128: {"num_warps": 4, "PART": 64, "maxnreg": 128}},
+    "features_mixed": {128: {"num_warps": 4, "PART": 64}},
     # Blocks of one transform's rows only.
     "row_hadamard_statistics": {128: {"num_warps": 8}},
     "row_hadamard_planes": {128: {"num_warps": 8, "PART": 64}},
