@@ -70,7 +70,7 @@ class Scheme(Protocol):
         ...
 
     def quantize_weight_for_both(self, weight: Tensor, backend: str) -> QuantizedWeight:
-        """W ``[N, K]`` for the forward and for the dgrad. In a backward, compilers keep nothing of the forward for it."""
+        """W ``[N, K]`` for the forward and for the dgrad. In a backward, compilers keep none for it."""
         ...
 
     def transpose_weight(self, weight: Tensor, scale: Tensor, backend: str) -> QuantizedWeight:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_int8 import int8_linear
 from lightning_int8.kernels import backends, ops, swiglu_ops
 from lightning_int8.kernels.hadamard_ops import (
+    mix_features,
     quantize_hadamard,
     quantize_row_gradient_hadamard,
     quantize_row_hadamard,
@@ -89,3 +91,36 @@ def test_both_operands_in_one_read_are_those_of_two(shape, dtype, capacity):
         a, b = (v[:fallen] if v.dim() == 3 else v for v in (wanted, got))
         torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(got_dbias, dbias, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(130, 576, 200), (1000, 704, 333), (2048, 2048, 1024)])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_forward_of_mixed_features_is_near_float64_and_repeats(backend, shape, measured):
+    skip_unless_it_runs(backend)
+    x, weight, _ = heavy_tailed(*shape)
+    exact = x.double() @ weight.double().t()
+    fields = {"budget": None, "activation_band": (0, 0), "gradient_band": (0, 0), "forward_hadamard": True}
+    found = {}
+    for which in (backend, "reference"):
+        recipe = {**fields, "backend": which}
+        y = int8_linear(x, weight, recipe=recipe)
+        found[which] = sqnr_db(exact, y)
+        for _ in range(3):
+            assert torch.equal(int8_linear(x, weight, recipe=recipe), y)
+    measured("SQNR of Y", f"{found[backend]:.2f} dB")
+    assert found[backend] == pytest.approx(found["reference"], abs=0.05)
+    assert found[backend] > 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", [False, True])
+def test_mixed_features_are_near_the_reference_and_repeat(dtype, activation):
+    backend = backends.choose("auto", torch.device("cuda", 0))
+    g = torch.Generator("cuda").manual_seed(0)
+    x, up = (torch.randn(16384 + 7, 1416, device="cuda", generator=g).to(dtype) for _ in range(2))
+    up = up if activation else None
+    mixed, wanted = mix_features(x, up, backend), mix_features(x, up, "reference")
+    # Sums in another order: next to ties, one in the last place.
+    torch.testing.assert_close(mixed, wanted, rtol=torch.finfo(dtype).eps, atol=5e-6)
+    for _ in range(20):
+        assert torch.equal(mix_features(x, up, backend), mixed)
