@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS
+from lightning_int8.operands import QuantizedInput, QuantizedWeight
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
-from lightning_int8.schemes import QuantizedInput, QuantizedWeight, scheme_of
+from lightning_int8.schemes import scheme_of
 from lightning_int8.sharing import leave_planes, shared_planes
 from lightning_int8.threshold import FallbackState
 
@@ -55,7 +56,7 @@ class _Int8Linear(torch.autograd.Function):
         if recipe.forward and planes is not None and planes.operand is not None:
             w = (weight_planes or scheme.quantize_weight(weight, False, backend)).forward
             assert w is not None
-            if weight_planes is None and needs[0] and recipe.dgrad and scheme.quantizes_weight_once:
+            if weight_planes is None and needs[0] and recipe.dgrad and scheme.quantizes_once:
                 weight_scale = w.scale
             y = scheme.gemm(planes.operand, w, bias, x.dtype, backend)
             if planes.remainder is not None:
@@ -82,10 +83,7 @@ class _Int8Linear(torch.autograd.Function):
         if int8_dgrad or int8_wgrad:
             w = ctx.weight_planes if int8_dgrad else None
             if int8_dgrad and w is None:
-                if weight_scale is None:
-                    w = scheme.quantize_weight(weight, True, backend)
-                else:
-                    w = scheme.transpose_weight(weight, weight_scale, backend)
+                w = scheme.quantize_weight_for_dgrad(weight, weight_scale, backend)
             g = scheme.quantize_gradient(
                 dy, w, tuple(saved) if int8_wgrad else None, ctx.input_size, state, ctx.update, needs_db, backend
             )

@@ -48,8 +48,7 @@ class Int8Recipe:
     """How one linear layer's three GEMMs are quantized.
 
     Args:
-        scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction, X and W quantized once
-            and folded for the backward (this project's). ``"block"``: one per ``block_size``² block (arXiv
+        scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction (this project's). ``"block"``: one per ``block_size``² block (arXiv
             2503.08040). ``"vector"``: one per row, both operands quantized again for each GEMM (LLM.int8(), arXiv
             2208.07339).
         block_size: Edge of the square blocks that fall back (and, for ``"block"``, share a scale). A multiple of 16
@@ -66,24 +65,21 @@ class Int8Recipe:
         stochastic_rounding: What of dY is rounded stochastically instead of to nearest. The gradients of tokens that
             a model predicts well are a thousandth of others', and to nearest most of them become zeros.
             ``"small"``: what is below one step, where a scale spans several tokens: with ``scaling="row"`` in the
-            wgrad's operand (not under ``wgrad_hadamard``, which leaves nothing small), with ``"block"`` in the one of
+            wgrad's operand (not under ``hadamard``, which leaves nothing small), with ``"block"`` in the one of
             dgrad and wgrad. ``"all"``: all of dY in both; unbiased, with 2 to 3 dB more noise. ``"vector"`` has
             ``"nothing"`` alone.
         forward: Run the forward GEMM in INT8; otherwise in the input's dtype.
         dgrad: The same for the input-gradient GEMM.
         wgrad: The same for the weight-gradient GEMM.
-        wgrad_hadamard: Quantize the wgrad's operands apart from those of the other GEMMs, after a Hadamard transform
-            over 128 tokens and without fallback: the transform spreads outliers over those tokens and leaves the
-            product as it is (:mod:`lightning_int8.kernels.hadamard_reference`; NVFP4 training has one over 16, arXiv
-            2509.25149). dW gets more accurate and its GEMM faster than with fallback. Otherwise X is quantized once
-            for both GEMMs, and both operands have fallback. Only with ``scaling="row"`` and the wgrad in INT8.
-        forward_hadamard: Quantize the forward's operands after a Hadamard transform over 128 in-features, which spreads
-            features with large values and leaves the product as it is (QuaRot, arXiv 2404.00456). Y gets more accurate,
-            also without fallback, for one more read and write of X and W; the dgrad takes W as it is, quantized apart.
-            Only with ``scaling="row"`` and the forward in INT8; a wgrad in INT8 needs ``wgrad_hadamard``.
+        hadamard: Mix the contraction of each GEMM by a Hadamard transform over 128 in-features, out-features or tokens
+            before its operands are quantized, which leaves the product as it is: outliers are spread over 128 values
+            (:mod:`lightning_int8.hadamard_scheme`; QuaRot, arXiv 2404.00456, has it for inference, NVFP4 training for
+            the wgrad over 16 tokens, arXiv 2509.25149). X, W and dY are each quantized for their two GEMMs apart, the
+            wgrad's operands without fallback. Otherwise X and W are quantized once, and the wgrad's operands have
+            fallback. Only with ``scaling="row"``.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
             as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.
-            ``None``: all tokens share them. Only with ``scaling="row"`` and without ``wgrad_hadamard``.
+            ``None``: all tokens share them. Only with ``scaling="row"`` and without ``hadamard``.
         fuse_swiglu: Compute SwiGLU layers (``down(silu(gate(x)) * up(x))``) together with the quantization of what they
             produce, as :mod:`lightning_int8.fusion` says; the results stay the same. Only with ``scaling="row"`` and
             all three GEMMs in INT8; otherwise layers run one by one.
@@ -112,8 +108,7 @@ class Int8Recipe:
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
-    wgrad_hadamard: bool = True
-    forward_hadamard: bool = False
+    hadamard: bool = True
     wgrad_group_tokens: int | None = None
     fuse_swiglu: bool = True
     recompute_swiglu: RecomputeSwiGLU = "nothing"
@@ -124,7 +119,7 @@ class Int8Recipe:
         _check_choice("scaling", self.scaling, get_args(Scaling))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("recompute_swiglu", self.recompute_swiglu, get_args(RecomputeSwiGLU))
-        for name in ("forward", "dgrad", "wgrad", "wgrad_hadamard", "forward_hadamard", "fuse_swiglu"):
+        for name in ("forward", "dgrad", "wgrad", "hadamard", "fuse_swiglu"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
@@ -179,26 +174,16 @@ class Int8Recipe:
                 f"Int8Recipe.stochastic_rounding={self.stochastic_rounding!r} with scaling='vector', which "
                 "rounds to nearest alone. Set it to 'nothing'."
             )
-        if self.stochastic_rounding == "all" and self.transforms_wgrad:
+        if self.stochastic_rounding == "all" and self.mixes:
             raise ValueError(
-                "Int8Recipe.stochastic_rounding='all' with wgrad_hadamard=True, whose operands are rounded to nearest "
-                "alone. Choose stochastic_rounding='small', or wgrad_hadamard=False."
-            )
-        if self.transforms_forward and self.wgrad and not self.wgrad_hadamard:
-            raise ValueError(
-                "Int8Recipe.forward_hadamard=True with wgrad_hadamard=False, where forward and wgrad would share X's "
-                "integers. Leave wgrad_hadamard at True, or forward_hadamard at False."
+                "Int8Recipe.stochastic_rounding='all' with hadamard=True, whose operands are rounded to nearest alone. "
+                "Choose stochastic_rounding='small', or hadamard=False."
             )
 
     @property
-    def transforms_wgrad(self) -> bool:
-        """Whether ``wgrad_hadamard`` applies: with `row` scaling and the wgrad in INT8."""
-        return self.wgrad_hadamard and self.wgrad and self.scaling == "row"
-
-    @property
-    def transforms_forward(self) -> bool:
-        """Whether ``forward_hadamard`` applies: with `row` scaling and the forward in INT8."""
-        return self.forward_hadamard and self.forward and self.scaling == "row"
+    def mixes(self) -> bool:
+        """Whether ``hadamard`` applies: with `row` scaling."""
+        return self.hadamard and self.scaling == "row"
 
     def _check_budget(self) -> None:
         if self.budget is None:
@@ -242,10 +227,10 @@ class Int8Recipe:
                 f"Int8Recipe.wgrad_group_tokens={tokens} needs scaling='row' and wgrad=True, not {self.scaling!r} and "
                 f"{self.wgrad}; leave it at None."
             )
-        if self.wgrad_hadamard:
+        if self.hadamard:
             raise ValueError(
-                f"Int8Recipe.wgrad_group_tokens={tokens} with wgrad_hadamard=True, whose scales span all tokens. Set "
-                "wgrad_hadamard=False, or leave wgrad_group_tokens at None."
+                f"Int8Recipe.wgrad_group_tokens={tokens} with hadamard=True, whose scales span all tokens. Set "
+                "hadamard=False, or leave wgrad_group_tokens at None."
             )
 
     def describe(self) -> str:

@@ -1,181 +1,32 @@
-"""What each scaling quantizes, and which operands its three GEMMs take. One small class a scaling, one interface.
-
-`int8_linear` asks a scheme for X's operands, W's operands and dY's operands, and multiplies pairs of them. What X's
-quantization must keep for the backward is a tuple of tensors, so that autograd can hold it.
-"""
+"""The schemes: what each scaling quantizes, and which operands its three GEMMs take. One small class a scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_int8.hadamard_scheme import HadamardScheme
 from lightning_int8.kernels import ops, swiglu_ops
-from lightning_int8.kernels.hadamard_ops import (
-    mix_features,
-    quantize_hadamard,
-    quantize_row_gradient_hadamard,
-    quantize_row_hadamard,
-    swiglu_row_hadamard,
-)
-from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
-from lightning_int8.recipe import NO_FALLBACK, Int8Recipe
+from lightning_int8.kernels.planes import QuantizedMatrix, padded
+from lightning_int8.operands import BlockFallback, QuantizedGradient, QuantizedInput, QuantizedWeight, Scheme
+from lightning_int8.recipe import Int8Recipe
 
 
-class QuantizedInput(NamedTuple):
-    """X for the forward GEMM (or ``None``: it is not INT8), what to keep for the wgrad, what the product leaves out."""
+class RowScheme(BlockFallback):
+    """One scale a row; the backward folds W's scales into dY for the dgrad and X's for the wgrad.
 
-    operand: QuantizedMatrix | None
-    saved: tuple[Tensor, ...]
-    remainder: Tensor | None = None
-
-
-class QuantizedWeight(NamedTuple):
-    """W for the forward GEMM, Wᵀ for the dgrad, and ``fold``, the scale that dY must absorb there (or ``None``)."""
-
-    forward: QuantizedMatrix | None
-    dgrad: QuantizedMatrix | None = None
-    fold: Tensor | None = None
-
-
-class QuantizedGradient(NamedTuple):
-    """dY for the dgrad, dYᵀ for the wgrad with the Xᵀ it meets there, and the bias gradient if it came with them."""
-
-    dgrad: QuantizedMatrix | None
-    wgrad: QuantizedMatrix | None
-    input_transposed: QuantizedMatrix | None
-    dbias: Tensor | None
-
-
-class Scheme(Protocol):
-    """One scaling. ``backend`` is the resolved one (see :mod:`lightning_int8.kernels.backends`).
-
-    Attributes:
-        quantizes_weight_once: Whether one quantization of W serves the forward and the dgrad.
+    So X and W are quantized once, each for two GEMMs.
     """
-
-    quantizes_weight_once: bool
-
-    def quantize_input(
-        self, x: Tensor, weight: Tensor, state: Tensor | None, update: bool, wgrad: bool, backend: str
-    ) -> QuantizedInput:
-        """X ``[M, K]``; ``wgrad``: the transposed planes will be needed."""
-        ...
-
-    def quantize_weight(self, weight: Tensor, transposed: bool, backend: str) -> QuantizedWeight:
-        """W ``[N, K]`` for the forward, or with ``transposed`` for the dgrad (and the forward, if that comes along)."""
-        ...
-
-    def quantize_weight_for_both(self, weight: Tensor, backend: str) -> QuantizedWeight:
-        """W ``[N, K]`` for the forward and for the dgrad. In a backward, compilers keep none for it."""
-        ...
-
-    def transpose_weight(self, weight: Tensor, scale: Tensor, backend: str) -> QuantizedWeight:
-        """W for the dgrad, given the scale of its forward operand: read once. Only if ``quantizes_weight_once``."""
-        ...
-
-    def quantize_gradient(
-        self,
-        dy: Tensor,
-        weight: QuantizedWeight | None,
-        saved: tuple[Tensor, ...] | None,
-        size: tuple[int, int],
-        state: Tensor | None,
-        update: bool,
-        bias: bool,
-        backend: str,
-    ) -> QuantizedGradient:
-        """DY ``[M, N]``; ``weight`` and ``saved`` are ``None`` when the dgrad or wgrad is not wanted; X is ``size``."""
-        ...
-
-    def gemm(
-        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        """``a @ bᵀ + bias``."""
-        ...
-
-
-class _BlockFallback:
-    """What `row` and `block` share: blocks, bands and capacities."""
-
-    quantizes_weight_once = True
-
-    def __init__(self, recipe: Int8Recipe) -> None:
-        self.recipe = recipe
-        self.block = recipe.block_size
-
-    def _fallback(self, x: Tensor, band: tuple[float, float]) -> tuple[float, int]:
-        """The rate that seeds a threshold, and how many of ``x``'s blocks may fall back."""
-        blocks = blocks_along(x.shape[0], self.block) * blocks_along(x.shape[1], self.block)
-        budget = self.recipe.budget
-        rate = (band[0] + band[1]) / 2 if budget is None else min(budget, band[1])
-        return rate, fallback_capacity(blocks, band)
-
-    def _matrix(
-        self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
-    ) -> QuantizedMatrix:
-        if capacity == 0:
-            return QuantizedMatrix(low, None, None, scale, size, self.block)
-        return QuantizedMatrix(low, high, slot, scale, size, self.block)
-
-    def _transposed(
-        self, low_t: Tensor, high_t: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int]
-    ) -> QuantizedMatrix:
-        """The operand whose untransposed matrix has ``slot``, ``scale`` and ``size``."""
-        scale_t = None if scale is None else scale.t().contiguous()
-        return self._matrix(low_t, high_t, slot.t().contiguous(), scale_t, size[::-1], high_t.shape[0])
-
-
-class RowScheme(_BlockFallback):
-    """One scale a row; the backward folds W's scales into dY, so W is quantized once.
-
-    For the wgrad X and dY are quantized apart, transformed (``wgrad_hadamard``). Otherwise X's planes serve there too,
-    and the backward folds their scales into dY. With ``forward_hadamard`` X and W are quantized for the forward with
-    their features mixed, and W again for the dgrad as it is.
-    """
-
-    def __init__(self, recipe: Int8Recipe) -> None:
-        super().__init__(recipe)
-        self.hadamard, self.mixes = recipe.transforms_wgrad, recipe.transforms_forward
-        self.quantizes_weight_once = not self.mixes
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
-        if self.hadamard and not self.recipe.forward:
-            return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
-        if self.mixes:
-            saved = quantize_hadamard(x, None, self.block, backend) if wgrad else ()
-            return QuantizedInput(self._mixed(x, None, self.recipe.activation_band, state, update, backend), saved)
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        if self.hadamard and wgrad:
-            low, high, slot, scale, *transformed = quantize_row_hadamard(
-                x, state, 0, rate, capacity, self.block, update, backend
-            )
-            operand, saved = self._matrix(low, high, slot, scale, tuple(x.shape), capacity), tuple(transformed)
-        else:
-            planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
-            operand, kept = self._parted(planes, tuple(x.shape))
-            saved = kept if wgrad else ()
-        return QuantizedInput(operand, saved)
-
-    def _mixed(
-        self,
-        x: Tensor,
-        up: Tensor | None,
-        band: tuple[float, float],
-        state: Tensor | None,
-        update: bool,
-        backend: str,
-        again: bool = False,
-    ) -> QuantizedMatrix:
-        """The forward's operand of ``x``, or of ``silu(x)·up``, with its features mixed."""
-        mixed = mix_features(x, up, backend, again)
-        rate, capacity = self._fallback(mixed, band)
-        planes = ops.quantize_row(mixed, state, 0, rate, capacity, self.block, update, False, backend)
-        operand, _ = self._parted(planes, tuple(mixed.shape))
-        return operand
+        planes = ops.quantize_row(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+        operand, kept = self._parted(planes, tuple(x.shape))
+        return QuantizedInput(operand, kept if wgrad else ())
 
     def _parted(
         self, planes: Sequence[Tensor], size: tuple[int, int]
@@ -187,54 +38,30 @@ class RowScheme(_BlockFallback):
     def quantize_swiglu(
         self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
     ) -> QuantizedInput:
-        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes.
-
-        With mixed features only with ``recompute``: h itself is never made, so its other operand is read anew anyway.
-        """
-        if self.mixes:
-            return QuantizedInput(self._mixed(gate, up, self.recipe.activation_band, state, update, backend), ())
+        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
         rate, capacity = self._fallback(gate, self.recipe.activation_band)
         keep = wgrad and not recompute
-        saved: tuple[Tensor, ...]
-        if self.hadamard and keep:
-            h, low, high, slot, scale, *saved_of_h = swiglu_row_hadamard(
-                gate, up, state, 0, rate, capacity, self.block, update, backend
-            )
-            operand, saved = self._matrix(low, high, slot, scale, tuple(h.shape), capacity), tuple(saved_of_h)
-        else:
-            h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, keep, backend)
-            operand, kept = self._parted(planes, tuple(h.shape))
-            saved = kept if keep else kept[2:] if wgrad and not self.hadamard else ()
-        return QuantizedInput(operand, saved)
+        h, *planes = swiglu_ops.swiglu_row(gate, up, state, 0, rate, capacity, self.block, update, keep, backend)
+        operand, kept = self._parted(planes, tuple(h.shape))
+        return QuantizedInput(operand, kept if keep else kept[2:] if wgrad else ())
 
     def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
         """What `quantize_swiglu` saves without ``recompute``, given what it saves with it."""
-        if self.hadamard:
-            return quantize_hadamard(gate, up, self.block, backend)
         slot, scale, _ = saved
         _, capacity = self._fallback(gate, self.recipe.activation_band)
         return *swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend), *saved
 
-    def quantize_weight(self, weight, transposed, backend):
-        if self.mixes and not transposed:
-            return QuantizedWeight(self._mixed(weight, None, NO_FALLBACK, None, False, backend))
-        low, low_t, _, _, _, scale, _ = ops.quantize_row(
-            weight, None, 0, 0.0, 0, self.block, False, transposed, backend
-        )
+    def quantize_weight(self, weight, dgrad, backend):
+        low, low_t, _, _, _, scale, _ = ops.quantize_row(weight, None, 0, 0.0, 0, self.block, False, dgrad, backend)
         size = tuple(weight.shape)
         forward = QuantizedMatrix(low, None, None, scale, size, self.block)
-        if not transposed:
+        if not dgrad:
             return QuantizedWeight(forward)
-        dgrad = QuantizedMatrix(low_t, None, None, None, size[::-1], self.block)
-        return QuantizedWeight(None if self.mixes else forward, dgrad, scale)
+        return QuantizedWeight(forward, QuantizedMatrix(low_t, None, None, None, size[::-1], self.block), scale)
 
-    def quantize_weight_for_both(self, weight, backend):
-        w = self.quantize_weight(weight, True, backend)
-        if self.mixes:
-            return w._replace(forward=self._mixed(weight, None, NO_FALLBACK, None, False, backend, again=True))
-        return w
-
-    def transpose_weight(self, weight, scale, backend):
+    def quantize_weight_for_dgrad(self, weight, scale, backend):
+        if scale is None:
+            return self.quantize_weight(weight, True, backend)
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
         return QuantizedWeight(
             None, QuantizedMatrix(low_t, None, None, None, tuple(weight.shape)[::-1], self.block), scale
@@ -242,21 +69,10 @@ class RowScheme(_BlockFallback):
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
         rate, capacity = self._fallback(dy, self.recipe.gradient_band)
-        weight_scale = None if weight is None else weight.fold
-        if self.hadamard and weight is not None and saved:
-            low, high, slot, scale, dbias, *transformed = quantize_row_gradient_hadamard(
-                dy, weight.fold, state, rate, capacity, self.block, update, bias, backend, statistics
-            )
-            return QuantizedGradient(
-                self._matrix(low, high, slot, scale, tuple(dy.shape), capacity),
-                self._transformed(*transformed),
-                self._transformed(*saved),
-                dbias if bias else None,
-            )
-        low_t, high_t, slot, input_scale, int_max = self._folded(saved)
+        low_t, high_t, slot, input_scale, int_max = saved or [None] * 5
         a_low, a_high, a_slot, a_scale, g_low, g_high, g_slot, g_scale, dbias = ops.quantize_row_gradient(
             dy,
-            weight_scale,
+            None if weight is None else weight.fold,
             input_scale,
             int_max,
             state,
@@ -264,7 +80,7 @@ class RowScheme(_BlockFallback):
             capacity,
             self.block,
             update,
-            "nothing" if self.hadamard else self.recipe.stochastic_rounding,
+            self.recipe.stochastic_rounding,
             bias,
             backend,
             statistics,
@@ -273,20 +89,10 @@ class RowScheme(_BlockFallback):
         dgrad = wgrad = input_transposed = None
         if weight is not None:
             dgrad = self._matrix(a_low, a_high, a_slot, a_scale, tuple(dy.shape), capacity)
-        if saved and self.hadamard:
-            wgrad = self._transformed(*quantize_hadamard(dy, None, self.block, backend))
-            input_transposed = self._transformed(*saved)
-        elif low_t is not None and high_t is not None and slot is not None:
+        if low_t is not None and high_t is not None and slot is not None:
             wgrad = self._matrix(g_low, g_high, g_slot, g_scale, tuple(dy.shape)[::-1], capacity)
             input_transposed = self._transposed(low_t, high_t, slot, None, size)
         return QuantizedGradient(dgrad, wgrad, input_transposed, dbias if bias else None)
-
-    def _folded(self, saved: Sequence[Tensor] | None) -> Sequence[Any]:
-        """What was saved of X where its scales are folded into dY, else five times ``None``."""
-        return saved if saved and not self.hadamard else [None] * 5
-
-    def _transformed(self, low: Tensor, scale: Tensor) -> QuantizedMatrix:
-        return QuantizedMatrix(low, None, None, scale, tuple(low.shape), self.block)
 
     def _group_blocks(self) -> int:
         return (self.recipe.wgrad_group_tokens or 0) // self.block
@@ -308,7 +114,7 @@ class RowScheme(_BlockFallback):
         """
         _, capacity = self._fallback(gate, self.recipe.gradient_band)
         gate_scale, up_scale = (None if w is None else w.fold for w in weights)
-        _, _, _, input_scale, int_max = self._folded(saved)
+        _, _, _, input_scale, int_max = saved or [None] * 5
         return swiglu_ops.swiglu_gradient(
             dh, gate, up, gate_scale, up_scale, input_scale, int_max, capacity, self.block, bias, backend
         )
@@ -332,7 +138,7 @@ class RowScheme(_BlockFallback):
         return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)
 
 
-class BlockScheme(_BlockFallback):
+class BlockScheme(BlockFallback):
     """One scale a square block, which transposes with it: dY is quantized once for both backward GEMMs."""
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
@@ -343,18 +149,17 @@ class BlockScheme(_BlockFallback):
         operand = self._matrix(low, high, slot, scale, tuple(x.shape), capacity)
         return QuantizedInput(operand, (low_t, high_t, slot, scale) if wgrad else ())
 
-    def quantize_weight(self, weight, transposed, backend):
+    def quantize_weight(self, weight, dgrad, backend):
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
-            weight, None, 0, 0.0, 0, self.block, False, transposed, "nothing", backend
+            weight, None, 0, 0.0, 0, self.block, False, dgrad, "nothing", backend
         )
         size = tuple(weight.shape)
         forward = self._matrix(low, high, slot, scale, size, 0)
-        return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if transposed else None)
+        return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if dgrad else None)
 
-    def quantize_weight_for_both(self, weight, backend):
-        return self.quantize_weight(weight, True, backend)
-
-    def transpose_weight(self, weight, scale, backend):
+    def quantize_weight_for_dgrad(self, weight, scale, backend):
+        if scale is None:
+            return self.quantize_weight(weight, True, backend)
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
         size = tuple(weight.shape)[::-1]
         return QuantizedWeight(None, QuantizedMatrix(low_t, None, None, scale.t().contiguous(), size, self.block))
@@ -387,7 +192,7 @@ class BlockScheme(_BlockFallback):
 class VectorScheme:
     """Both operands of each GEMM quantized per row along its contraction, with LLM.int8()'s outlier columns."""
 
-    quantizes_weight_once = False
+    quantizes_once = False
 
     def __init__(self, recipe: Int8Recipe) -> None:
         self.recipe = recipe
@@ -404,16 +209,12 @@ class VectorScheme:
         plain, remainder = ops.split_outlier_columns(x, weight, self.recipe.outlier_threshold)
         return QuantizedInput(self._quantize(plain, backend), saved, remainder)
 
-    def quantize_weight(self, weight, transposed, backend):
-        if transposed:
-            return QuantizedWeight(None, self._quantize(weight.t(), backend))
-        return QuantizedWeight(self._quantize(weight, backend))
+    def quantize_weight(self, weight, dgrad, backend):
+        forward = self._quantize(weight, backend)
+        return QuantizedWeight(forward, self._quantize(weight.t(), backend) if dgrad else None)
 
-    def quantize_weight_for_both(self, weight, backend):
-        return QuantizedWeight(self._quantize(weight, backend), self._quantize(weight.t(), backend))
-
-    def transpose_weight(self, weight, scale, backend):
-        raise NotImplementedError("scales of W's rows do not serve its columns: quantizes_weight_once is false")
+    def quantize_weight_for_dgrad(self, weight, scale, backend):
+        return QuantizedWeight(None, self._quantize(weight.t(), backend))
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
         dgrad = None if weight is None else self._quantize(dy, backend)
@@ -431,4 +232,4 @@ _SCHEMES: dict[str, type] = {"row": RowScheme, "block": BlockScheme, "vector": V
 
 def scheme_of(recipe: Int8Recipe) -> Scheme:
     """The scheme that carries out ``recipe``."""
-    return _SCHEMES[recipe.scaling](recipe)
+    return HadamardScheme(recipe) if recipe.mixes else _SCHEMES[recipe.scaling](recipe)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_int8.schemes import QuantizedInput
+from lightning_int8.operands import QuantizedInput
 
 _ATTRIBUTE = "_int8_planes"
 

@@ -20,8 +20,9 @@ from lightning_int8.functional import autocasts
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
 from lightning_int8.linear import Int8Linear
+from lightning_int8.operands import QuantizedInput, QuantizedWeight
 from lightning_int8.recipe import Int8Recipe
-from lightning_int8.schemes import QuantizedInput, QuantizedWeight, RowScheme
+from lightning_int8.schemes import scheme_of
 from lightning_int8.sharing import leave_planes, shared_planes
 
 
@@ -51,24 +52,24 @@ class _Int8SwiGLU(torch.autograd.Function):
         dtype: torch.dtype,
         needs: tuple[bool, bool, bool, bool, bool],
     ) -> Tensor:
-        scheme = RowScheme(recipe)
+        scheme: Any = scheme_of(recipe)
         weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
         scales: list[Tensor | None] = []
 
         def project(i: int, operand: QuantizedMatrix) -> Tensor:
             w: Any = (kept[i] or scheme.quantize_weight(weights[i], False, backend)).forward
-            scales.append(w.scale if scheme.quantizes_weight_once else None)
+            scales.append(w.scale if scheme.quantizes_once else None)
             return scheme.gemm(operand, w, biases[i], dtype, backend)
 
         operand: Any = planes.operand
         gate, up = project(0, operand), project(1, operand)
-        recompute = _recomputes_planes(scheme)
+        recompute = recipe.recompute_swiglu != "nothing"
         hidden: Any = scheme.quantize_swiglu(gate, up, states[2][0], update, needs[3], recompute, backend)
         y = project(2, hidden.operand)
         if any(needs):
             if recipe.recompute_swiglu != "all":
                 activations: tuple[Tensor | None, ...] = (gate, up)
-            elif planes.saved and not scheme.hadamard:
+            elif planes.saved and scheme.quantizes_once:
                 # X's operand can be made of its transposed planes.
                 activations = (gate_bias, up_bias)
             else:
@@ -101,22 +102,18 @@ class _Int8SwiGLU(torch.autograd.Function):
         recipe, backend, dtype, states, update = ctx.recipe, ctx.backend, ctx.dtype, ctx.states, ctx.update
         needs_dx, needs_dw, needs_db, needs_down_dw, needs_down_db = ctx.needs
         needs_dh = needs_dx or needs_dw or needs_db
-        scheme = RowScheme(recipe)
+        scheme: Any = scheme_of(recipe)
 
         def transposed(i: int) -> QuantizedWeight:
-            if ctx.kept[i] is not None:
-                return ctx.kept[i]
-            if not scheme.quantizes_weight_once:
-                return scheme.quantize_weight(weights[i], True, backend)
-            return scheme.transpose_weight(weights[i], scales[i], backend)
+            return ctx.kept[i] or scheme.quantize_weight_for_dgrad(weights[i], scales[i], backend)
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            gate_up = [ctx.kept[i] or scheme.quantize_weight_for_both(weights[i], backend) for i in (0, 1)]
+            gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
             gate, up = _gate_and_up_again(scheme, ctx, gate_up, kept_activations, x_saved)
         else:
             gate, up = kept_activations
-        if needs_down_dw and _recomputes_planes(scheme):
+        if needs_down_dw and recipe.recompute_swiglu != "nothing":
             h_saved = scheme.swiglu_saved(gate, up, h_saved, backend)
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
@@ -153,13 +150,8 @@ class _Int8SwiGLU(torch.autograd.Function):
         return dx, gate_dw, up_dw, down_dw, gate_db, up_db, down_db, *[None] * 8
 
 
-def _recomputes_planes(scheme: RowScheme) -> bool:
-    """Whether h's operand of the wgrad is made in the backward: where features are mixed, that costs nothing more."""
-    return scheme.recipe.recompute_swiglu != "nothing" or scheme.mixes
-
-
 def _gate_and_up_again(
-    scheme: RowScheme, ctx: Any, weights: list[Any], kept: tuple[Any, ...], x_saved: tuple[Tensor, ...]
+    scheme: Any, ctx: Any, weights: list[Any], kept: tuple[Any, ...], x_saved: tuple[Tensor, ...]
 ) -> list[Tensor]:
     gate_bias, up_bias, *operand = kept
     if operand:
@@ -251,7 +243,7 @@ def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         planes = shared_planes(source, key, needs[1])
         if planes is None:
-            planes = RowScheme(recipe).quantize_input(
+            planes = scheme_of(recipe).quantize_input(
                 flat.detach().to(dtype), gate.weight.detach(), states[0][0], update, needs[1], backend
             )
             leave_planes(source, key, planes)

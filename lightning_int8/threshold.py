@@ -59,10 +59,10 @@ class FallbackState:
         self.recipe = recipe
         self.columns = COLUMNS if recipe.budget is None else budget.COLUMNS
         fallback = recipe.activation_band[1] > 0 or recipe.gradient_band[1] > 0
-        operands = _OPERANDS[recipe.scaling][: 2 if recipe.transforms_wgrad else None]
+        operands = _OPERANDS[recipe.scaling][: 2 if recipe.mixes else None]
         self.operands: tuple[str, ...] = operands if fallback else ()
         # X meets W in the forward and dY in the wgrad; dY meets W, with the in-features as columns, and X.
-        wgrad_falls_back = recipe.wgrad and not recipe.transforms_wgrad
+        wgrad_falls_back = recipe.wgrad and not recipe.mixes
         x, dgrad = features[0] * (recipe.forward + wgrad_falls_back), features[1] * recipe.dgrad
         wgrad = features[1] * wgrad_falls_back
         self.input_group: int | None = None
@@ -144,7 +144,7 @@ class FallbackState:
                 f"Thresholds for operands {list(state['operands'])} ({state['tensor'].shape[1]} numbers each) cannot "
                 f"be restored into a layer whose recipe {self.recipe.describe()} has {list(self.operands)} "
                 f"({self.columns} each). Use the recipe the checkpoint was trained with (once the default: 'row' with "
-                "wgrad_hadamard=False, budget=None and bands of (0.1, 0.3)), or drop the saved thresholds to seed new "
+                "hadamard=False, budget=None and bands of (0.1, 0.3)), or drop the saved thresholds to seed new "
                 "ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lightning_int8.kernels import backends
-from lightning_int8.schemes import QuantizedWeight, scheme_of
+from lightning_int8.operands import QuantizedWeight
+from lightning_int8.schemes import scheme_of
 
 if TYPE_CHECKING:
     from lightning_int8.linear import Int8Linear
@@ -29,7 +30,7 @@ class KeptWeight(NamedTuple):
 
 
 def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
-    """The linears in ``module`` whose weight's planes can be kept: not with ``scaling="vector"``."""
+    """The linears in ``module`` whose recipe quantizes W."""
     from lightning_int8.linear import Int8Linear
 
     return [
@@ -37,7 +38,6 @@ def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
         for child in module.modules()
         if isinstance(child, Int8Linear)
         and (child.int8_recipe.forward or child.int8_recipe.dgrad)
-        and child.int8_recipe.scaling != "vector"
     ]
 
 
@@ -58,7 +58,7 @@ def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
         if linear.int8_kept_weight is None or linear.int8_kept_weight.source != source:
             recipe = linear.int8_recipe
             backend = backends.choose(recipe.backend, weight.device)
-            planes = scheme_of(recipe).quantize_weight_for_both(weight.detach(), backend)
+            planes = scheme_of(recipe).quantize_weight(weight.detach(), recipe.dgrad, backend)
             linear.int8_kept_weight = KeptWeight(planes, source)
 
 

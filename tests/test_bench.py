@@ -94,7 +94,7 @@ def test_the_roofline_takes_the_slower_of_arithmetic_and_memory() -> None:
     peak = roofline.Peak(1000, 2000, 2000)
     plain = roofline.linear_milliseconds(4096, 4096, 4096, None, 0.0, peak, 1e18)
     transformed, folded = (
-        roofline.linear_milliseconds(4096, 4096, 4096, Int8Recipe(wgrad_hadamard=hadamard), 0.5, peak, 1e18)
+        roofline.linear_milliseconds(4096, 4096, 4096, Int8Recipe(hadamard=hadamard), 0.5, peak, 1e18)
         for hadamard in (True, False)
     )
     # Three GEMMs at twice the rate, with 1.5, 1.5 and 2.25 times the products, or in a transformed wgrad once.

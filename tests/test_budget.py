@@ -21,7 +21,7 @@ from tests.tiny import TinyModel, assert_same, batches, thresholds
 LIMIT = (0.0, 0.4)
 RECIPE = Int8Recipe(block_size=16, budget=0.1, activation_band=LIMIT, gradient_band=LIMIT)
 # Three operands with thresholds.
-FOLDED = dataclasses.replace(RECIPE, wgrad_hadamard=False)
+FOLDED = dataclasses.replace(RECIPE, hadamard=False)
 BLOCKS = 768
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ def test_sample_of_a_long_operand_is_not_all_first_tokens():
     assert state[0, POWER_SUM].item() == pytest.approx(x.square().mean().item(), rel=0.6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"wgrad_hadamard": False, "wgrad_group_tokens": 32}, {"scaling": "block"}])
+@pytest.mark.parametrize("fields", [{}, {"hadamard": False, "wgrad_group_tokens": 32}, {"scaling": "block"}])
 def test_training_under_a_budget_and_its_checkpoint(fields):
     recipe = dataclasses.replace(RECIPE, **fields)
     models = [TinyModel(), TinyModel()]

@@ -17,8 +17,7 @@ from tests.assertions import assert_close, sqnr_db
 
 NONE = {"budget": None, "activation_band": (0, 0), "gradient_band": (0, 0)}
 # The wgrad takes what the other GEMMs take, with fallback.
-FOLDED = {"wgrad_hadamard": False}
-MIXED = {"forward_hadamard": True}
+FOLDED = {"hadamard": False}
 
 
 def heavy_tailed(tokens=512, features_in=512, features_out=256) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,41 +116,6 @@ def test_transformed_tokens_make_dw_more_accurate_and_keep_small_gradients():
     assert all(torch.equal(results["hadamard"][name], results["nearest"][name]) for name in ("Y", "dX"))
 
 
-def test_mixed_features_make_y_more_accurate_and_change_no_gradient():
-    """More than fallback does, and fallback of mixed blocks adds to it."""
-    x, weight, dy = heavy_tailed()
-    bias = torch.randn(weight.shape[0])
-    reference = exact(x, weight, bias, dy)
-    plain, fallback, mixed, both = (
-        gradients(x, weight, bias, dy, recipe=recipe) for recipe in (NONE, "row", {**NONE, **MIXED}, MIXED)
-    )
-    db = [sqnr_db(reference["Y"], value["Y"]) for value in (plain, fallback, mixed, both)]
-    assert max(db[:2]) < 34
-    assert db[2] > 37
-    assert db[3] > db[2] + 0.5
-    for name in ("dX", "dW", "db"):
-        assert torch.equal(mixed[name], plain[name]), name
-        assert torch.equal(both[name], fallback[name]), name
-
-
-@pytest.mark.parametrize("other", [{"scaling": "block", **FOLDED, **NONE}, {"forward": False}])
-def test_mixed_features_are_ignored_without_rows_or_the_forward(other):
-    x, weight, dy = heavy_tailed(256, 256, 128)
-    values = [gradients(x, weight, None, dy, recipe={**other, "forward_hadamard": mixed}) for mixed in (False, True)]
-    assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
-
-
-@pytest.mark.parametrize("flags", [{"dgrad": False}, {"wgrad": False}, {"dgrad": False, **FOLDED, "wgrad": False}])
-def test_mixed_features_need_no_other_gemm(flags):
-    x, weight, dy = heavy_tailed(256, 256, 128)
-    whole, value = (gradients(x, weight, None, dy, recipe={**MIXED, **other}) for other in ({}, flags))
-    assert torch.equal(value["Y"], whole["Y"])
-    for name in ("dX", "dW"):
-        in_int8 = flags.get("dgrad" if name == "dX" else "wgrad", True)
-        assert torch.equal(value[name], whole[name]) == in_int8, name
-        assert_close(name, exact(x, weight, None, dy)[name], value[name], 30 if in_int8 else 100)
-
-
 @pytest.mark.parametrize("other", [{"forward": False}, {"dgrad": False}, {"forward": False, "dgrad": False}])
 def test_a_transformed_wgrad_needs_no_other_gemm(other):
     x, weight, dy = heavy_tailed()
@@ -183,7 +147,7 @@ def test_fewer_tokens_a_scale_make_dw_more_accurate():
     assert torch.equal(everything["dW"], results[0]["dW"])
 
 
-@pytest.mark.parametrize("recipe", [*sorted(PRESETS), MIXED, {**MIXED, "block_size": 48}])
+@pytest.mark.parametrize("recipe", sorted(PRESETS))
 @pytest.mark.parametrize(
     ("shape", "features_out"), [((5,), 3), ((1, 7), 1), ((2, 3, 40), 33), ((130, 576), 300), ((3, 1), 5)]
 )
@@ -199,7 +163,7 @@ def test_ragged_and_nd_shapes(recipe, shape, features_out):
         assert_close(name, reference[name].reshape(value[name].shape), value[name], 25)
 
 
-@pytest.mark.parametrize("recipe", [*sorted(PRESETS), MIXED])
+@pytest.mark.parametrize("recipe", sorted(PRESETS))
 def test_non_contiguous_inputs_give_the_same_result(recipe):
     x, weight, dy = heavy_tailed(256, 192, 128)
     plain = gradients(x, weight, None, dy, recipe=recipe)
@@ -210,25 +174,23 @@ def test_non_contiguous_inputs_give_the_same_result(recipe):
         assert_close(name, plain[name], strided[name], math.inf if name == "Y" else 120)
 
 
-@pytest.mark.parametrize("recipe", ["row", MIXED])
-def test_the_dtypes_are_those_of_linear(recipe):
+def test_the_dtypes_are_those_of_linear():
     x, weight, dy = heavy_tailed(64, 64, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        value = gradients(x.to(dtype), weight.to(dtype), None, dy.to(dtype), recipe=recipe)
+        value = gradients(x.to(dtype), weight.to(dtype), None, dy.to(dtype))
         assert {t.dtype for t in value.values()} == {dtype}
         assert_close("Y", exact(x, weight, None, dy)["Y"], value["Y"], 25)
 
 
-@pytest.mark.parametrize("recipe", ["row", MIXED])
-def test_autocast_casts_x_and_keeps_the_weight_gradient_in_float32(recipe):
+def test_autocast_casts_x_and_keeps_the_weight_gradient_in_float32():
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = int8_linear(x, weight, recipe=recipe)
+        y = int8_linear(x, weight)
     y.float().sum().backward()
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("recipe", ["row", "block", "jetfire", "rowwise", MIXED])
+@pytest.mark.parametrize("recipe", ["row", "block", "jetfire", "rowwise"])
 def test_zero_rows_and_blocks_are_exactly_zero(recipe):
     x, weight, dy = heavy_tailed(256, 256, 128)
     x[:130] = 0
@@ -242,7 +204,7 @@ def test_zero_rows_and_blocks_are_exactly_zero(recipe):
     assert not any(t.any() for t in everything_zero.values())
 
 
-@pytest.mark.parametrize("recipe", [*sorted(PRESETS), MIXED])
+@pytest.mark.parametrize("recipe", sorted(PRESETS))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_show_where_full_precision_has_them(recipe, bad):
     x, weight, dy = heavy_tailed(300, 256, 200)
@@ -258,10 +220,10 @@ def test_nan_and_inf_show_where_full_precision_has_them(recipe, bad):
             assert value["Y"][:128].isfinite().all(), "rows in other blocks must stay finite"
 
 
-@pytest.mark.parametrize("recipe", ["row", "block", MIXED])
+@pytest.mark.parametrize("recipe", ["row", "block"])
 def test_nan_and_inf_leave_thresholds_alone(recipe):
     x, weight, dy = heavy_tailed(512, 256, 256)
-    healthy, hurt = (FallbackState(resolve_recipe(recipe)) for _ in range(2))
+    healthy, hurt = FallbackState(PRESETS[recipe]), FallbackState(PRESETS[recipe])
     gradients(x, weight, None, dy, recipe=recipe, state=healthy)
     broken_x, broken_dy = x.clone(), dy.clone()
     broken_x[0, 0], broken_dy[400, 200] = float("nan"), float("inf")
@@ -274,7 +236,7 @@ def test_nan_and_inf_leave_thresholds_alone(recipe):
     assert hurt.tensor[:, 0].isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", ["row", "block", MIXED])
+@pytest.mark.parametrize("recipe", ["row", "block"])
 def test_huge_and_tiny_magnitudes(recipe):
     x, weight, dy = heavy_tailed(256, 256, 128)
     for scale in (1e-10, 1e10):
@@ -323,10 +285,10 @@ def test_small_values_rounded_stochastically_keep_small_tokens():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("recipe", ["row", "block", MIXED])
+@pytest.mark.parametrize("recipe", ["row", "block"])
 def test_checkpointing_counts_once_and_changes_nothing(recipe, reentrant):
     x, weight, dy = heavy_tailed(512, 256, 256)
-    state, plain_state = (FallbackState(resolve_recipe(recipe)) for _ in range(2))
+    state, plain_state = FallbackState(PRESETS[recipe]), FallbackState(PRESETS[recipe])
     plain = gradients(x, weight, None, dy, recipe=recipe, state=plain_state)
     xc, wc = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = checkpoint(lambda a, b: int8_linear(a, b, recipe=recipe, state=state), xc, wc, use_reentrant=reentrant)
@@ -462,7 +424,7 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * 2 * 128 * 32 * 16
 
 
-@pytest.mark.parametrize("recipe", ["row", "block", "rowwise", {**FOLDED, "wgrad_group_tokens": 128}, MIXED])
+@pytest.mark.parametrize("recipe", ["row", "block", "rowwise", {**FOLDED, "wgrad_group_tokens": 128}])
 def test_compiled_without_graph_breaks_or_recompiles(recipe):
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -83,7 +83,7 @@ def test_small_gradients_are_lost_kept_or_kept_on_average():
     torch.manual_seed(0)
     dy = torch.randn(512, 256)
     dy[::2] *= 1e-4
-    folded = dataclasses.replace(PRESETS["row"], wgrad_hadamard=False)
+    folded = dataclasses.replace(PRESETS["row"], hadamard=False)
     recipes = {
         "transformed": PRESETS["row"],
         "row": folded,

@@ -40,7 +40,7 @@ def test_diffused_errors_cancel_within_a_run():
 
 def probed(x: Tensor, dy: Tensor, names: list[str]) -> LinearProbe:
     """The probe of one linear, with its input and its output's gradient, by these levers and by the recipes."""
-    recipes = {"row": dataclasses.replace(PRESETS["row"], wgrad_hadamard=False), "block": PRESETS["block"]}
+    recipes = {"row": dataclasses.replace(PRESETS["row"], hadamard=False), "block": PRESETS["block"]}
     recipes |= {
         f"{name} to nearest": dataclasses.replace(recipe, stochastic_rounding="nothing")
         for name, recipe in recipes.items()

@@ -64,20 +64,14 @@ def test_a_recipe_is_frozen_and_hashable():
         (
             {"wgrad_group_tokens": 4096},
             ValueError,
-            r"wgrad_group_tokens=4096 with wgrad_hadamard=True, .* Set wgrad_hadamard=False",
+            r"wgrad_group_tokens=4096 with hadamard=True, .* Set hadamard=False",
         ),
         (
             {"stochastic_rounding": "all"},
             ValueError,
-            r"stochastic_rounding='all' with wgrad_hadamard=True, .* Choose stochastic_rounding='small', or",
+            r"stochastic_rounding='all' with hadamard=True, .* Choose stochastic_rounding='small', or",
         ),
-        ({"wgrad_hadamard": 128}, TypeError, r"wgrad_hadamard=128 must be true or false"),
-        ({"forward_hadamard": 128}, TypeError, r"forward_hadamard=128 must be true or false"),
-        (
-            {"forward_hadamard": True, "wgrad_hadamard": False},
-            ValueError,
-            r"forward_hadamard=True with wgrad_hadamard=False, .* Leave wgrad_hadamard at True",
-        ),
+        ({"hadamard": 128}, TypeError, r"hadamard=128 must be true or false"),
         ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
         (
             {"wgrad_group_tokens": 1000},

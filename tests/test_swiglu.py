@@ -32,8 +32,7 @@ class SwiGLU(nn.Module):
 BUDGET = {"budget": 0.1, "activation_band": (0.0, 0.3), "gradient_band": (0.0, 0.3)}
 BANDS = {"budget": None, "activation_band": (0.1, 0.3), "gradient_band": (0.1, 0.3)}
 NO_FALLBACK = {"budget": None, "activation_band": (0.0, 0.0), "gradient_band": (0.0, 0.0)}
-FOLDED = {"wgrad_hadamard": False}
-MIXED = {"forward_hadamard": True}
+FOLDED = {"hadamard": False}
 GROUPS = {**FOLDED, "wgrad_group_tokens": 32}
 
 
@@ -73,15 +72,7 @@ def fused_calls(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bias", "recipe"),
-    [
-        (False, {}),
-        (True, {}),
-        (True, {**FOLDED, "stochastic_rounding": "all"}),
-        (False, BUDGET),
-        (True, GROUPS),
-        (True, MIXED),
-        (False, {**MIXED, **NO_FALLBACK}),
-    ],
+    [(False, {}), (True, {}), (True, {**FOLDED, "stochastic_rounding": "all"}), (False, BUDGET), (True, GROUPS)],
 )
 def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
     apart, fused = converted(fuse=False, bias=bias, **recipe), converted(bias=bias, **recipe)
@@ -93,7 +84,7 @@ def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
 
 
 @pytest.mark.parametrize("frozen", [(), ("gate_proj", "up_proj"), ("down_proj",)])
-@pytest.mark.parametrize("recipe", [{}, FOLDED, MIXED])
+@pytest.mark.parametrize("recipe", [{}, FOLDED])
 def test_frozen_weights_and_inference(fused_calls, frozen, recipe):
     apart, fused = converted(fuse=False, **recipe), converted(**recipe)
     x = torch.randn(40, 48)
@@ -109,9 +100,8 @@ def test_frozen_weights_and_inference(fused_calls, frozen, recipe):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("recipe", [{}, MIXED])
-def test_checkpointed_and_compiled(checkpointed, compiled, recipe):
-    apart, fused = converted(fuse=False, **recipe), converted(**recipe)
+def test_checkpointed_and_compiled(checkpointed, compiled):
+    apart, fused = converted(fuse=False), converted()
     forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else lambda t: fused(t)
     if compiled:
         torch._dynamo.reset()
@@ -126,9 +116,8 @@ RECOMPUTED = ["planes", "all"]
 
 @pytest.mark.parametrize("what", ["nothing", *RECOMPUTED])
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("recipe", [BUDGET, {**BUDGET, **MIXED}])
-def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what, checkpointed, recipe):
-    apart, fused = converted(fuse=False, **recipe), converted(recompute_swiglu=what, **recipe)
+def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what, checkpointed):
+    apart, fused = converted(fuse=False, **BUDGET), converted(recompute_swiglu=what, **BUDGET)
     forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else None
     seen = []
     for seed in range(6):
@@ -149,8 +138,6 @@ def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_
         (True, {}),
         (True, FOLDED),
         (False, {**FOLDED, **NO_FALLBACK}),
-        (True, MIXED),
-        (False, {**MIXED, **NO_FALLBACK}),
     ],
 )
 def test_what_is_computed_again_is_what_was_kept(what, bias, recipe, autocast):
@@ -162,7 +149,7 @@ def test_what_is_computed_again_is_what_was_kept(what, bias, recipe, autocast):
 
 @pytest.mark.parametrize("what", RECOMPUTED)
 @pytest.mark.parametrize("frozen", [("gate_proj", "up_proj"), ("down_proj",), ("gate_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("recipe", [{}, FOLDED, MIXED])
+@pytest.mark.parametrize("recipe", [{}, FOLDED])
 def test_frozen_weights_with_what_is_computed_again(what, frozen, recipe):
     modules = converted(**recipe), converted(recompute_swiglu=what, **recipe)
     for module in modules:
@@ -174,13 +161,13 @@ def test_frozen_weights_with_what_is_computed_again(what, frozen, recipe):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("keep_weights", [False, True])
-@pytest.mark.parametrize(("hadamard", "mixed"), [(False, False), (True, False), (True, True)])
-def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard, mixed):
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard):
     """Also where the compiler sees equal products in the forward and the backward, which it would make one of."""
     results, saved = [], []
     x = torch.randn(128, 48)
     for what in ("nothing", *RECOMPUTED):
-        module = converted(recompute_swiglu=what, wgrad_hadamard=hadamard, forward_hadamard=mixed, **BANDS)
+        module = converted(recompute_swiglu=what, hadamard=hadamard, **BANDS)
         run(module, x)  # seeds the thresholds
         if keep_weights:
             keep_weight_planes(module)
@@ -202,10 +189,7 @@ def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard, mixe
     planes, gate_and_up = elements * 1.4, elements * 4 * 2
     if hadamard:
         # A scale a feature, no fallback; but X's operand cannot be made of its transformed one and is kept as well.
-        features = 128 if mixed else 48
-        # Mixed features leave the activation itself unread, so its transformed planes are always made in the backward.
-        planes = 0 if mixed else elements + 4 * 80
-        gate_and_up -= 128 * features * 1.4 + 4 * 128
+        planes, gate_and_up = elements + 4 * 80, gate_and_up - (128 * 48 * 1.4 + 4 * 128)
     assert saved[0] - saved[1] == pytest.approx(planes, rel=0.02)
     assert saved[1] - saved[2] == pytest.approx(gate_and_up, rel=0.02)
 

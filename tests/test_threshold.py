@@ -95,7 +95,7 @@ def test_recipes_without_fallback_have_no_state():
     assert only_gradients.operands == ("x", "dy_dgrad")
 
 
-@pytest.mark.parametrize("changed", [{"wgrad_hadamard": False}, {"wgrad": False}])
+@pytest.mark.parametrize("changed", [{"hadamard": False}, {"wgrad": False}])
 def test_the_wgrad_has_a_threshold_where_it_falls_back(changed):
     """A wgrad in full precision keeps its row, which nothing counts."""
     assert FallbackState(dataclasses.replace(RECIPE, **changed)).operands == ("x", "dy_dgrad", "dy_wgrad")

@@ -245,7 +245,7 @@ def extra_mmas(module: L.LightningModule, monitor: FallbackRateMonitor) -> float
         )
         # The input of the first layer may need no gradient.
         dgrad, wgrad = (0.0 if math.isnan(rate) else rate for rate in (dgrad, wgrad))
-        in_wgrad = 0.0 if child.int8_recipe.transforms_wgrad else x
+        in_wgrad = 0.0 if child.int8_recipe.mixes else x
         both = in_wgrad * wgrad if child.int8_recipe.scaling == "row" else 0.0
         plain += 3 * child.in_features * child.out_features
         extra += child.in_features * child.out_features * (x + in_wgrad + dgrad + wgrad + both)

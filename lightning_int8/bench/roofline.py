@@ -84,7 +84,7 @@ def linear_milliseconds(
     """
     size, rate = (1, peak.int8) if recipe else (2, peak.bf16)
     extra = 1 + fallback if recipe else 1.0
-    transformed = recipe is not None and recipe.transforms_wgrad
+    transformed = recipe is not None and recipe.mixes
     gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), 1.0 if transformed else extra * extra)]
     time = sum(gemm_milliseconds(*shape, rate / factor, bandwidth, size) for shape, factor in gemms)
     each = 10 + fallback if transformed else 6 + 2 * fallback

@@ -1,0 +1,115 @@
+"""The default: a Hadamard transform mixes the contraction of all three GEMMs before their operands are quantized.
+
+With R the orthogonal transform of each 128 adjacent rows or columns, which leaves products as they are:
+
+    forward   Y  = (X Rᵀ)(W Rᵀ)ᵀ          in-features mixed
+    dgrad     dX = (dY Rᵀ)(R W)           out-features mixed
+    wgrad     dW = (R dY)ᵀ(R X)           tokens mixed
+
+A value of a mixed operand holds a share of 128 others, large and small ones, so that one scale a row of each operand
+and 8 bits leave little for fallback to do. X, dY and W are alike: each has an operand of its rows, with the columns
+mixed, and one of its columns, with the rows mixed, and both come from the same two reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_int8.kernels import ops, swiglu_ops
+from lightning_int8.kernels.hadamard_ops import quantize_hadamard, quantize_mixed, quantize_mixed_rows
+from lightning_int8.kernels.planes import QuantizedMatrix
+from lightning_int8.operands import BlockFallback, QuantizedGradient, QuantizedInput, QuantizedWeight
+
+
+class HadamardScheme(BlockFallback):
+    """One scale a row of each GEMM's operands, mixed; blocks of X for the forward and of dY for the dgrad fall back."""
+
+    quantizes_once = False
+
+    def quantize_input(self, x, weight, state, update, wgrad, backend):
+        if not self.recipe.forward:
+            return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
+        return self._quantize_input(x, state, update, wgrad, backend)
+
+    def _quantize_input(
+        self, x: Tensor, state: Tensor | None, update: bool, columns: bool, backend: str
+    ) -> QuantizedInput:
+        rate, capacity = self._fallback(x, self.recipe.activation_band)
+        if columns:
+            *rows, low_t, scale_t, _ = quantize_mixed(
+                x, state, 0, rate, capacity, self.block, update, False, backend
+            )
+            return QuantizedInput(self._rows(rows, capacity), (low_t, scale_t))
+        rows = quantize_mixed_rows(x, state, 0, rate, capacity, self.block, update, backend)
+        return QuantizedInput(self._rows(rows, capacity), ())
+
+    def _rows(self, planes: Sequence[Tensor], capacity: int) -> QuantizedMatrix:
+        low, high, slot, scale = planes
+        return self._matrix(low, high, slot, scale, tuple(low.shape), capacity)
+
+    def _columns(self, low_t: Tensor, scale: Tensor) -> QuantizedMatrix:
+        return QuantizedMatrix(low_t, None, None, scale, tuple(low_t.shape), self.block)
+
+    def quantize_swiglu(
+        self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
+    ) -> QuantizedInput:
+        """As `RowScheme.quantize_swiglu`."""
+        h = swiglu_ops.swiglu(gate, up, backend)
+        return self._quantize_input(h, state, update, wgrad and not recompute, backend)
+
+    def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
+        """As `RowScheme.swiglu_saved`."""
+        return quantize_hadamard(gate, up, self.block, backend)
+
+    def quantize_weight(self, weight, dgrad, backend):
+        if not dgrad:
+            rows = quantize_mixed_rows(weight, None, 0, 0.0, 0, self.block, False, backend)
+            return QuantizedWeight(self._rows(rows, 0))
+        *rows, low_t, scale_t, _ = quantize_mixed(weight, None, 0, 0.0, 0, self.block, False, False, backend)
+        return QuantizedWeight(self._rows(rows, 0), self._columns(low_t, scale_t))
+
+    def quantize_weight_for_dgrad(self, weight, scale, backend):
+        return QuantizedWeight(None, self._columns(*quantize_hadamard(weight, None, self.block, backend)))
+
+    def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
+        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+        dgrad = wgrad = dbias = None
+        if weight is not None and saved:
+            *rows, low_t, scale_t, sums = quantize_mixed(
+                dy, state, 1, rate, capacity, self.block, update, bias, backend
+            )
+            dgrad, wgrad, dbias = self._rows(rows, capacity), self._columns(low_t, scale_t), sums if bias else None
+        elif weight is not None:
+            rows = quantize_mixed_rows(dy, state, 1, rate, capacity, self.block, update, backend)
+            dgrad = self._rows(rows, capacity)
+        elif saved:
+            wgrad = self._columns(*quantize_hadamard(dy, None, self.block, backend))
+        if bias and dbias is None:
+            dbias = dy.sum(0, dtype=torch.float32)
+        return QuantizedGradient(dgrad, wgrad, self._columns(*saved) if saved else None, dbias)
+
+    def swiglu_gradient(
+        self,
+        dh: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        weights: Sequence[QuantizedWeight | None],
+        saved: Sequence[Tensor],
+        bias: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        """As `RowScheme.swiglu_gradient`; nothing of mixed gradients is known before they are mixed."""
+        dgate, *_ = swiglu_ops.swiglu_gradient(dh, gate, up, None, None, None, None, 0, self.block, False, backend)
+        return (dgate,)
+
+    def gemm(self, a, b, bias, out_dtype, backend):
+        return ops.gemm_row(a, b, bias, out_dtype, backend)
+
+    def gemm_again(
+        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        """As `RowScheme.gemm_again`."""
+        return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)
