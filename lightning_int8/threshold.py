@@ -128,24 +128,26 @@ class FallbackState:
             return {}
         tensor = tensor.cpu()
         _clear_counts(tensor)
-        return {"operands": list(self.operands), "tensor": tensor}
+        return {"operands": list(self.operands), "tensor": tensor, "mixed": self.recipe.mixes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned.
 
         Raises:
-            ValueError: The state is of a recipe with other operands.
+            ValueError: The state is of a recipe with other operands, or with operands mixed otherwise.
         """
         if not state:
             self.parts = None
             return
-        if tuple(state["operands"]) != self.operands or state["tensor"].shape[1] != self.columns:
+        saved = list(state["operands"]), state["tensor"].shape[1], state.get("mixed", False)
+        own = list(self.operands), self.columns, self.recipe.mixes
+        if saved != own:
+            (theirs, numbers, mixed), (ours, columns, mixes) = saved, own
             raise ValueError(
-                f"Thresholds for operands {list(state['operands'])} ({state['tensor'].shape[1]} numbers each) cannot "
-                f"be restored into a layer whose recipe {self.recipe.describe()} has {list(self.operands)} "
-                f"({self.columns} each). Use the recipe the checkpoint was trained with (once the default: 'row' with "
-                "hadamard=False, budget=None and bands of (0.1, 0.3)), or drop the saved thresholds to seed new "
-                "ones."
+                f"Thresholds for operands {theirs} ({numbers} numbers each, hadamard={mixed}) cannot be restored into "
+                f"a layer whose recipe {self.recipe.describe()} has {ours} ({columns} each, hadamard={mixes}). Use the "
+                "recipe the checkpoint was trained with (once the default: 'row' with hadamard=False, budget=None and "
+                "bands of (0.1, 0.3)), or drop the saved thresholds to seed new ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 

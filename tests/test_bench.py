@@ -97,7 +97,7 @@ def test_the_roofline_takes_the_slower_of_arithmetic_and_memory() -> None:
         roofline.linear_milliseconds(4096, 4096, 4096, Int8Recipe(hadamard=hadamard), 0.5, peak, 1e18)
         for hadamard in (True, False)
     )
-    # Three GEMMs at twice the rate, with 1.5, 1.5 and 2.25 times the products, or in a transformed wgrad once.
+    # Three GEMMs at twice the rate, with 1.5, 1.5 and 2.25 times the products, or in a mixed wgrad once.
     assert folded / plain == pytest.approx((1.5 + 1.5 + 2.25) / 6, rel=1e-3)
     assert transformed / plain == pytest.approx((1.5 + 1.5 + 1) / 6, rel=1e-3)
 

@@ -78,15 +78,15 @@ def linear_milliseconds(
     """The least time of a linear's three GEMMs and of what goes with them, that at the copy's bandwidth.
 
     BF16 casts a float32 weight, and its gradient back. INT8: a fraction ``fallback`` of X's and dY's blocks is
-    multiplied twice, both ways in the wgrad unless that is transformed. Quantizing reads a BF16 tensor twice
-    (statistics, then integers) and writes two INT8 layouts of it and of its fallback blocks; transformed, it is read
-    twice more and has no fallback blocks. The float32 weight is read twice for the forward and once for the dgrad.
+    multiplied twice, both ways in the wgrad unless contractions are mixed. Quantizing reads a BF16 tensor twice
+    (statistics, then integers) and writes two INT8 layouts of it and of its fallback blocks, mixed of these one. The
+    float32 weight is read three times: twice for the forward and once for the dgrad, mixed the other way round.
     """
     size, rate = (1, peak.int8) if recipe else (2, peak.bf16)
     extra = 1 + fallback if recipe else 1.0
-    transformed = recipe is not None and recipe.mixes
-    gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), 1.0 if transformed else extra * extra)]
+    mixes = recipe is not None and recipe.mixes
+    gemms = [((tokens, n, k), extra), ((tokens, k, n), extra), ((n, k, tokens), 1.0 if mixes else extra * extra)]
     time = sum(gemm_milliseconds(*shape, rate / factor, bandwidth, size) for shape, factor in gemms)
-    each = 10 + fallback if transformed else 6 + 2 * fallback
+    each = 6 + (fallback if mixes else 2 * fallback)
     beside = tokens * (k + n) * each + 14 * k * n if recipe else 12 * k * n
     return time + beside / bandwidth * 1e3
