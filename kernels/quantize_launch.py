@@ -33,6 +33,10 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "hadamard_scales": {block: {"num_warps": 4, "PART": 32, "CHUNK": 64} for block in BLOCKS},
     "hadamard_planes": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
     "features_mixed": {128: {"num_warps": 4, "PART": 64}},
+    # Groups of 128 features of a row, and so of several rows; more warps for longer rows.
+    "mixed_weight": {128: {"num_warps": 8, "PART": 64}},
+    "mixed_statistics": {128: {"num_warps": 4, "PART": 64}},
+    "mixed_planes": {128: {"num_warps": 4, "PART": 64}},
     # Blocks of one transform's rows only.
     "row_hadamard_statistics": {128: {"num_warps": 8}},
     "row_hadamard_planes": {128: {"num_warps": 8, "PART": 64}},

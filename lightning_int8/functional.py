@@ -53,11 +53,11 @@ class _Int8Linear(torch.autograd.Function):
         if needs[1]:
             saved = planes.saved if recipe.wgrad and planes is not None else (x,)
         if recipe.forward and planes is not None and planes.operand is not None:
-            w = (weight_planes or scheme.quantize_weight(weight, False, backend)).forward
-            assert w is not None
+            w = weight_planes or scheme.quantize_weight(weight, False, backend)
+            assert w.forward is not None
             if weight_planes is None and needs[0] and recipe.dgrad and scheme.quantizes_weight_once:
                 weight_scale = w.scale
-            y = scheme.gemm(planes.operand, w, bias, x.dtype, backend)
+            y = scheme.gemm(planes.operand, w.forward, bias, x.dtype, backend)
             if planes.remainder is not None:
                 y = y + planes.remainder
         else:

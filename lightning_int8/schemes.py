@@ -15,14 +15,17 @@ from torch.nn import functional as F
 
 from lightning_int8.kernels import ops, swiglu_ops
 from lightning_int8.kernels.hadamard_ops import (
-    mix_features,
+    TOKENS,
     quantize_hadamard,
     quantize_row_gradient_hadamard,
     quantize_row_hadamard,
+    quantize_row_mixed,
+    quantize_weight_mixed,
     swiglu_row_hadamard,
+    swiglu_row_mixed,
 )
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along, fallback_capacity, padded
-from lightning_int8.recipe import NO_FALLBACK, Int8Recipe
+from lightning_int8.recipe import Int8Recipe
 
 
 class QuantizedInput(NamedTuple):
@@ -34,11 +37,14 @@ class QuantizedInput(NamedTuple):
 
 
 class QuantizedWeight(NamedTuple):
-    """W for the forward GEMM, Wᵀ for the dgrad, and ``fold``, the scale that dY must absorb there (or ``None``)."""
+    """W for the forward GEMM, Wᵀ for the dgrad, and what `Scheme.transpose_weight` takes, if W is quantized once.
+
+    ``scale`` is that of W as it is; of `row`, the dgrad's dY absorbs it.
+    """
 
     forward: QuantizedMatrix | None
     dgrad: QuantizedMatrix | None = None
-    fold: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class QuantizedGradient(NamedTuple):
@@ -69,12 +75,8 @@ class Scheme(Protocol):
         """W ``[N, K]`` for the forward, or with ``transposed`` for the dgrad (and the forward, if that comes along)."""
         ...
 
-    def quantize_weight_for_both(self, weight: Tensor, backend: str) -> QuantizedWeight:
-        """W ``[N, K]`` for the forward and for the dgrad. In a backward, compilers keep none for it."""
-        ...
-
     def transpose_weight(self, weight: Tensor, scale: Tensor, backend: str) -> QuantizedWeight:
-        """W for the dgrad, given the scale of its forward operand: read once. Only if ``quantizes_weight_once``."""
+        """W for the dgrad, given the scale `quantize_weight` found: read once. Only if ``quantizes_weight_once``."""
         ...
 
     def quantize_gradient(
@@ -107,9 +109,9 @@ class _BlockFallback:
         self.recipe = recipe
         self.block = recipe.block_size
 
-    def _fallback(self, x: Tensor, band: tuple[float, float]) -> tuple[float, int]:
-        """The rate that seeds a threshold, and how many of ``x``'s blocks may fall back."""
-        blocks = blocks_along(x.shape[0], self.block) * blocks_along(x.shape[1], self.block)
+    def _fallback(self, size: Sequence[int], band: tuple[float, float]) -> tuple[float, int]:
+        """The rate that seeds a threshold, and how many blocks of a matrix of ``size`` may fall back."""
+        blocks = blocks_along(size[0], self.block) * blocks_along(size[1], self.block)
         budget = self.recipe.budget
         rate = (band[0] + band[1]) / 2 if budget is None else min(budget, band[1])
         return rate, fallback_capacity(blocks, band)
@@ -133,22 +135,23 @@ class RowScheme(_BlockFallback):
     """One scale a row; the backward folds W's scales into dY, so W is quantized once.
 
     For the wgrad X and dY are quantized apart, transformed (``wgrad_hadamard``). Otherwise X's planes serve there too,
-    and the backward folds their scales into dY. With ``forward_hadamard`` X and W are quantized for the forward with
-    their features mixed, and W again for the dgrad as it is.
+    and the backward folds their scales into dY. With ``forward_hadamard`` the forward takes X and W with their features
+    mixed, and the dgrad W as it is, by the scales that one read has found for both.
     """
 
     def __init__(self, recipe: Int8Recipe) -> None:
         super().__init__(recipe)
         self.hadamard, self.mixes = recipe.transforms_wgrad, recipe.transforms_forward
-        self.quantizes_weight_once = not self.mixes
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         if self.hadamard and not self.recipe.forward:
             return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
         if self.mixes:
-            saved = quantize_hadamard(x, None, self.block, backend) if wgrad else ()
-            return QuantizedInput(self._mixed(x, None, self.recipe.activation_band, state, update, backend), saved)
-        rate, capacity = self._fallback(x, self.recipe.activation_band)
+            size = _mixed_size(x)
+            rate, capacity = self._fallback(size, self.recipe.activation_band)
+            planes = quantize_row_mixed(x, state, 0, rate, capacity, self.block, update, wgrad, backend)
+            return self._mixed(planes, size, wgrad)
+        rate, capacity = self._fallback(x.shape, self.recipe.activation_band)
         if self.hadamard and wgrad:
             low, high, slot, scale, *transformed = quantize_row_hadamard(
                 x, state, 0, rate, capacity, self.block, update, backend
@@ -160,22 +163,11 @@ class RowScheme(_BlockFallback):
             saved = kept if wgrad else ()
         return QuantizedInput(operand, saved)
 
-    def _mixed(
-        self,
-        x: Tensor,
-        up: Tensor | None,
-        band: tuple[float, float],
-        state: Tensor | None,
-        update: bool,
-        backend: str,
-        again: bool = False,
-    ) -> QuantizedMatrix:
-        """The forward's operand of ``x``, or of ``silu(x)·up``, with its features mixed."""
-        mixed = mix_features(x, up, backend, again)
-        rate, capacity = self._fallback(mixed, band)
-        planes = ops.quantize_row(mixed, state, 0, rate, capacity, self.block, update, False, backend)
-        operand, _ = self._parted(planes, tuple(mixed.shape))
-        return operand
+    def _mixed(self, planes: Sequence[Tensor], size: tuple[int, int], wgrad: bool) -> QuantizedInput:
+        """What `quantize_row_mixed` returns of a matrix of `_mixed_size`."""
+        low, high, slot, scale, *transformed = planes
+        operand = self._matrix(low, high, slot, scale, size, high.shape[0])
+        return QuantizedInput(operand, tuple(transformed) if wgrad else ())
 
     def _parted(
         self, planes: Sequence[Tensor], size: tuple[int, int]
@@ -187,14 +179,14 @@ class RowScheme(_BlockFallback):
     def quantize_swiglu(
         self, gate: Tensor, up: Tensor, state: Tensor | None, update: bool, wgrad: bool, recompute: bool, backend: str
     ) -> QuantizedInput:
-        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes.
-
-        With mixed features only with ``recompute``: h itself is never made, so its other operand is read anew anyway.
-        """
-        if self.mixes:
-            return QuantizedInput(self._mixed(gate, up, self.recipe.activation_band, state, update, backend), ())
-        rate, capacity = self._fallback(gate, self.recipe.activation_band)
+        """``silu(gate)·up`` ``[M, N]``; with ``recompute`` ``saved`` is what `swiglu_saved` takes."""
         keep = wgrad and not recompute
+        if self.mixes:
+            size = _mixed_size(gate)
+            rate, capacity = self._fallback(size, self.recipe.activation_band)
+            _, *planes = swiglu_row_mixed(gate, up, state, 0, rate, capacity, self.block, update, keep, backend)
+            return self._mixed(planes, size, keep)
+        rate, capacity = self._fallback(gate.shape, self.recipe.activation_band)
         saved: tuple[Tensor, ...]
         if self.hadamard and keep:
             h, low, high, slot, scale, *saved_of_h = swiglu_row_hadamard(
@@ -212,27 +204,21 @@ class RowScheme(_BlockFallback):
         if self.hadamard:
             return quantize_hadamard(gate, up, self.block, backend)
         slot, scale, _ = saved
-        _, capacity = self._fallback(gate, self.recipe.activation_band)
+        _, capacity = self._fallback(gate.shape, self.recipe.activation_band)
         return *swiglu_ops.swiglu_planes(gate, up, scale, slot, capacity, self.block, backend), *saved
 
     def quantize_weight(self, weight, transposed, backend):
-        if self.mixes and not transposed:
-            return QuantizedWeight(self._mixed(weight, None, NO_FALLBACK, None, False, backend))
-        low, low_t, _, _, _, scale, _ = ops.quantize_row(
-            weight, None, 0, 0.0, 0, self.block, False, transposed, backend
-        )
         size = tuple(weight.shape)
-        forward = QuantizedMatrix(low, None, None, scale, size, self.block)
-        if not transposed:
-            return QuantizedWeight(forward)
-        dgrad = QuantizedMatrix(low_t, None, None, None, size[::-1], self.block)
-        return QuantizedWeight(None if self.mixes else forward, dgrad, scale)
-
-    def quantize_weight_for_both(self, weight, backend):
-        w = self.quantize_weight(weight, True, backend)
         if self.mixes:
-            return w._replace(forward=self._mixed(weight, None, NO_FALLBACK, None, False, backend, again=True))
-        return w
+            low, mixed_scale, scale, low_t = quantize_weight_mixed(weight, self.block, transposed, backend)
+            forward = QuantizedMatrix(low, None, None, mixed_scale, _mixed_size(weight), self.block)
+        else:
+            low, low_t, _, _, _, scale, _ = ops.quantize_row(
+                weight, None, 0, 0.0, 0, self.block, False, transposed, backend
+            )
+            forward = QuantizedMatrix(low, None, None, scale, size, self.block)
+        dgrad = QuantizedMatrix(low_t, None, None, None, size[::-1], self.block) if transposed else None
+        return QuantizedWeight(forward, dgrad, scale)
 
     def transpose_weight(self, weight, scale, backend):
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
@@ -241,11 +227,11 @@ class RowScheme(_BlockFallback):
         )
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
-        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
-        weight_scale = None if weight is None else weight.fold
+        rate, capacity = self._fallback(dy.shape, self.recipe.gradient_band)
+        weight_scale = None if weight is None else weight.scale
         if self.hadamard and weight is not None and saved:
             low, high, slot, scale, dbias, *transformed = quantize_row_gradient_hadamard(
-                dy, weight.fold, state, rate, capacity, self.block, update, bias, backend, statistics
+                dy, weight.scale, state, rate, capacity, self.block, update, bias, backend, statistics
             )
             return QuantizedGradient(
                 self._matrix(low, high, slot, scale, tuple(dy.shape), capacity),
@@ -306,8 +292,8 @@ class RowScheme(_BlockFallback):
         ``dh`` becomes the gradient of ``up``. ``weights`` and ``saved`` as `quantize_gradient` will be given them; both
         projections read one X.
         """
-        _, capacity = self._fallback(gate, self.recipe.gradient_band)
-        gate_scale, up_scale = (None if w is None else w.fold for w in weights)
+        _, capacity = self._fallback(gate.shape, self.recipe.gradient_band)
+        gate_scale, up_scale = (None if w is None else w.scale for w in weights)
         _, _, _, input_scale, int_max = self._folded(saved)
         return swiglu_ops.swiglu_gradient(
             dh, gate, up, gate_scale, up_scale, input_scale, int_max, capacity, self.block, bias, backend
@@ -332,11 +318,16 @@ class RowScheme(_BlockFallback):
         return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)
 
 
+def _mixed_size(x: Tensor) -> tuple[int, int]:
+    """The size of ``x`` with its features mixed: groups of them are whole."""
+    return x.shape[0], padded(x.shape[1], TOKENS)
+
+
 class BlockScheme(_BlockFallback):
     """One scale a square block, which transposes with it: dY is quantized once for both backward GEMMs."""
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
-        rate, capacity = self._fallback(x, self.recipe.activation_band)
+        rate, capacity = self._fallback(x.shape, self.recipe.activation_band)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             x, state, 0, rate, capacity, self.block, update, wgrad, "nothing", backend
         )
@@ -349,10 +340,8 @@ class BlockScheme(_BlockFallback):
         )
         size = tuple(weight.shape)
         forward = self._matrix(low, high, slot, scale, size, 0)
-        return QuantizedWeight(forward, self._transposed(low_t, high_t, slot, scale, size) if transposed else None)
-
-    def quantize_weight_for_both(self, weight, backend):
-        return self.quantize_weight(weight, True, backend)
+        dgrad = self._transposed(low_t, high_t, slot, scale, size) if transposed else None
+        return QuantizedWeight(forward, dgrad, scale)
 
     def transpose_weight(self, weight, scale, backend):
         low_t = ops.transposed_integers(weight, scale, self.block, backend)
@@ -360,7 +349,7 @@ class BlockScheme(_BlockFallback):
         return QuantizedWeight(None, QuantizedMatrix(low_t, None, None, scale.t().contiguous(), size, self.block))
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend):
-        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+        rate, capacity = self._fallback(dy.shape, self.recipe.gradient_band)
         low, low_t, high, high_t, slot, scale = ops.quantize_block(
             dy,
             state,
@@ -408,9 +397,6 @@ class VectorScheme:
         if transposed:
             return QuantizedWeight(None, self._quantize(weight.t(), backend))
         return QuantizedWeight(self._quantize(weight, backend))
-
-    def quantize_weight_for_both(self, weight, backend):
-        return QuantizedWeight(self._quantize(weight, backend), self._quantize(weight.t(), backend))
 
     def transpose_weight(self, weight, scale, backend):
         raise NotImplementedError("scales of W's rows do not serve its columns: quantizes_weight_once is false")

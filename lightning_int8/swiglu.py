@@ -56,13 +56,13 @@ class _Int8SwiGLU(torch.autograd.Function):
         scales: list[Tensor | None] = []
 
         def project(i: int, operand: QuantizedMatrix) -> Tensor:
-            w: Any = (kept[i] or scheme.quantize_weight(weights[i], False, backend)).forward
-            scales.append(w.scale if scheme.quantizes_weight_once else None)
-            return scheme.gemm(operand, w, biases[i], dtype, backend)
+            w: Any = kept[i] or scheme.quantize_weight(weights[i], False, backend)
+            scales.append(w.scale)
+            return scheme.gemm(operand, w.forward, biases[i], dtype, backend)
 
         operand: Any = planes.operand
         gate, up = project(0, operand), project(1, operand)
-        recompute = _recomputes_planes(scheme)
+        recompute = recipe.recompute_swiglu != "nothing"
         hidden: Any = scheme.quantize_swiglu(gate, up, states[2][0], update, needs[3], recompute, backend)
         y = project(2, hidden.operand)
         if any(needs):
@@ -104,19 +104,15 @@ class _Int8SwiGLU(torch.autograd.Function):
         scheme = RowScheme(recipe)
 
         def transposed(i: int) -> QuantizedWeight:
-            if ctx.kept[i] is not None:
-                return ctx.kept[i]
-            if not scheme.quantizes_weight_once:
-                return scheme.quantize_weight(weights[i], True, backend)
-            return scheme.transpose_weight(weights[i], scales[i], backend)
+            return ctx.kept[i] or scheme.transpose_weight(weights[i], scales[i], backend)
 
         gate_up: list[Any] = [None, None]
         if recipe.recompute_swiglu == "all":
-            gate_up = [ctx.kept[i] or scheme.quantize_weight_for_both(weights[i], backend) for i in (0, 1)]
+            gate_up = [ctx.kept[i] or scheme.quantize_weight(weights[i], True, backend) for i in (0, 1)]
             gate, up = _gate_and_up_again(scheme, ctx, gate_up, kept_activations, x_saved)
         else:
             gate, up = kept_activations
-        if needs_down_dw and _recomputes_planes(scheme):
+        if needs_down_dw and recipe.recompute_swiglu != "nothing":
             h_saved = scheme.swiglu_saved(gate, up, h_saved, backend)
         w = transposed(2) if needs_dh else None
         g = scheme.quantize_gradient(dy, w, h_saved, ctx.hidden_size, states[2][1], update, needs_down_db, backend)
@@ -151,11 +147,6 @@ class _Int8SwiGLU(torch.autograd.Function):
         (gate_dx, gate_dw, gate_db), (up_dx, up_dw, up_db) = results
         dx = None if gate_dx is None or up_dx is None else gate_dx + up_dx
         return dx, gate_dw, up_dw, down_dw, gate_db, up_db, down_db, *[None] * 8
-
-
-def _recomputes_planes(scheme: RowScheme) -> bool:
-    """Whether h's operand of the wgrad is made in the backward: where features are mixed, that costs nothing more."""
-    return scheme.recipe.recompute_swiglu != "nothing" or scheme.mixes
 
 
 def _gate_and_up_again(

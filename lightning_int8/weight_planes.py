@@ -29,7 +29,10 @@ class KeptWeight(NamedTuple):
 
 
 def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
-    """The linears in ``module`` whose weight's planes can be kept: not with ``scaling="vector"``."""
+    """The linears in ``module`` whose recipe needs one quantization of W, for its forward and dgrad alike.
+
+    ``scaling="vector"`` quantizes W differently for each.
+    """
     from lightning_int8.linear import Int8Linear
 
     return [
@@ -37,7 +40,7 @@ def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
         for child in module.modules()
         if isinstance(child, Int8Linear)
         and (child.int8_recipe.forward or child.int8_recipe.dgrad)
-        and child.int8_recipe.scaling != "vector"
+        and scheme_of(child.int8_recipe).quantizes_weight_once
     ]
 
 
@@ -58,7 +61,7 @@ def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
         if linear.int8_kept_weight is None or linear.int8_kept_weight.source != source:
             recipe = linear.int8_recipe
             backend = backends.choose(recipe.backend, weight.device)
-            planes = scheme_of(recipe).quantize_weight_for_both(weight.detach(), backend)
+            planes = scheme_of(recipe).quantize_weight(weight.detach(), True, backend)
             linear.int8_kept_weight = KeptWeight(planes, source)
 
 

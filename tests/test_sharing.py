@@ -44,6 +44,7 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
     # Where no gradient is wanted, and where the wgrad's operand is made along with the forward's.
     count(ops, "quantize_row")
     count(schemes, "quantize_row_hadamard")
+    count(schemes, "quantize_row_mixed")
     return seen
 
 

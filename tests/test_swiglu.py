@@ -203,21 +203,21 @@ def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard, mixe
     if hadamard:
         # A scale a feature, no fallback; but X's operand cannot be made of its transformed one and is kept as well.
         features = 128 if mixed else 48
-        # Mixed features leave the activation itself unread, so its transformed planes are always made in the backward.
-        planes = 0 if mixed else elements + 4 * 80
+        planes = elements + 4 * 80
         gate_and_up -= 128 * features * 1.4 + 4 * 128
     assert saved[0] - saved[1] == pytest.approx(planes, rel=0.02)
     assert saved[1] - saved[2] == pytest.approx(gate_and_up, rel=0.02)
 
 
-def test_the_activation_and_its_planes_are_made_once():
+@pytest.mark.parametrize(("recipe", "name"), [({}, "quantize_row_hadamard"), (MIXED, "quantize_row_mixed")])
+def test_the_activation_and_its_planes_are_made_once(recipe, name):
     # One statistics pass less only counts if nobody quantizes the result again.
     from lightning_int8 import schemes
 
-    module, seen = converted(), []
-    original = schemes.quantize_row_hadamard
+    module, seen = converted(**recipe), []
+    original = getattr(schemes, name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schemes, "quantize_row_hadamard", lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
+        patch.setattr(schemes, name, lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
         module(torch.randn(40, 48))
     assert (40, 48) in seen
     assert (40, 80) not in seen
