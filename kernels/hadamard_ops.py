@@ -185,7 +185,7 @@ def quantize_weight_mixed(
 @_fake("quantize_weight_mixed")
 def _(weight, block, transposed, backend):
     rows, columns = weight.shape
-    low = weight.new_empty(rows, padded(columns, TOKENS), dtype=torch.int8)
+    low = weight.new_empty(rows, padded(padded(columns, TOKENS), block), dtype=torch.int8)
     scale, plain_scale = (weight.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return low, scale, plain_scale, low.new_empty((columns, padded(rows, block)) if transposed else 0)
 

@@ -79,7 +79,7 @@ class Int8Recipe:
             for both GEMMs, and both operands have fallback. Only with ``scaling="row"`` and the wgrad in INT8.
         forward_hadamard: Quantize the forward's operands after a Hadamard transform over 128 in-features, which spreads
             features with large values and leaves the product as it is (QuaRot, arXiv 2404.00456). Y gets more accurate,
-            also without fallback, for one more read and write of X and W; the dgrad takes W as it is, quantized apart.
+            also without fallback, from reads of X and W that are made anyway; the dgrad takes W as it is.
             Only with ``scaling="row"`` and the forward in INT8; a wgrad in INT8 needs ``wgrad_hadamard``.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
             as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.

@@ -22,7 +22,7 @@ INTERPRETED = interpreting(__file__)
 
 @pytest.mark.parametrize("capacity", [0, 2])
 @pytest.mark.parametrize("wgrad", [False, True])
-@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("block", [48, 128])
 def test_tracing_sees_the_same(capacity, wgrad, block):
     x, state = torch.randn(70, 150), torch.zeros(3, 5)
     rest = 0.2, capacity, block, True, wgrad, "reference"
@@ -101,7 +101,7 @@ else:
     # Fewer tokens than are mixed, without fallback; ragged, a threshold to find; fewer slots than blocks over the
     # threshold; mixed first and quantized afterwards.
     CASES = [
-        ((5, 3), torch.float16, 128, "huge", None, 0),
+        ((5, 140), torch.float16, 128, "huge", None, 0),
         ((130, 140), torch.bfloat16, 128, FAULTY, float("nan"), 3),
         ((130, 260), torch.float16, 128, "transposed", 0.5, 2),
         ((129, 129), torch.float32, 128, "plain", 0.5, 1),
