@@ -1,8 +1,8 @@
 """The forward's operands with the features mixed by a Hadamard transform, in Triton for every GPU: W, and X's parts.
 
 It is the transform of `hadamard` along the other dimension: features are what `_transform` takes for tokens, and its
-columns are rows here. W is read once, by programs that hold whole rows. `mix_features` only transforms, for what the
-kernels that quantize do not take.
+columns are rows here. Programs that hold whole rows read what cannot fall back once: W, and X without a wgrad.
+`mix_features` only transforms, for what the kernels that quantize do not take.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def _scale_of(largest):
 
 @CachedLaunch
 @triton.jit
-def mixed_weight(
+def mixed_rows(
     x,
     low,  # int8 [R, G·128]
+    slot,  # int32 [RB, G], blocks of 128, or None
     scale,  # float32 [R]
-    plain_scale,  # float32 [R], of the rows as they are
+    plain_scale,  # float32 [R], of the rows as they are, or None
     rows,
     columns,
     stride_r,
@@ -93,8 +94,13 @@ def mixed_weight(
     x += row.to(tl.int64) * stride_r
     offset = (n // GROUPS) * stride_r + group * _TOKENS
     tile = tl.load(x + (i[:, None] + offset[None, :]), mask=inside, other=0.0)
-    plain = tl.max(tl.reshape(tl.max(magnitude_bits(tile.to(tl.float32)), 0), [PART, GROUPS]), 1)
-    tl.store(plain_scale + r, _scale_of(plain), mask=r < rows)
+    if plain_scale is not None:
+        plain = tl.max(tl.reshape(tl.max(magnitude_bits(tile.to(tl.float32)), 0), [PART, GROUPS]), 1)
+        tl.store(plain_scale + r, _scale_of(plain), mask=r < rows)
+    if slot is not None:
+        if row % _TOKENS == 0:
+            g = tl.arange(0, GROUPS)
+            tl.store(slot + row // _TOKENS * groups + g, tl.full([GROUPS], -1, tl.int32), mask=g < groups)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     largest = (largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7) * _ROOT).to(tl.int32, bitcast=True)
     found = _scale_of(tl.max(tl.reshape(largest, [PART, GROUPS]), 1))
@@ -152,6 +158,24 @@ def mix_features(x: Tensor) -> Tensor:
     return mixed
 
 
+def has_whole_rows(x: Tensor) -> bool:
+    """Whether `quantize_whole_rows` takes ``x``: adjacent columns, and no more than registers hold."""
+    return x.stride(1) == 1 and 0 < x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0
+
+
+def quantize_whole_rows(x: Tensor, low: Tensor, slot: Tensor | None, scale: Tensor, plain_scale: Tensor | None) -> None:
+    """Launches `mixed_rows`, which writes the others."""
+    rows, columns = x.shape
+    chosen = options("mixed_rows", TOKENS)
+    groups = triton.next_power_of_2(blocks_along(columns, TOKENS))
+    part, warps = max(1, chosen["PART"] // groups), chosen["num_warps"] * max(1, groups // chosen["PART"])
+    with on(x):
+        mixed_rows[(blocks_along(rows, part),)](
+            x, low, slot, scale, plain_scale, rows, columns, x.stride(0),
+            GROUPS=groups, **chosen | {"PART": part, "num_warps": warps},
+        )  # fmt: skip
+
+
 def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W for the forward with its features mixed, and its scales as it is: `hadamard_reference.quantize_weight_mixed`.
 
@@ -168,17 +192,10 @@ def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple
     """
     weight, rows, columns, _, _ = check(weight, block)
     new = Allocator(weight.device)
-    if weight.stride(1) == 1 and 0 < columns <= MAX_COLUMNS and rows > 0:
+    if has_whole_rows(weight):
         low = new.int8(rows, padded(columns, TOKENS))
         scale, plain_scale = new.float32(rows), new.float32(rows)
-        chosen = options("mixed_weight", TOKENS)
-        groups = triton.next_power_of_2(blocks_along(columns, TOKENS))
-        part, warps = max(1, chosen["PART"] // groups), chosen["num_warps"] * max(1, groups // chosen["PART"])
-        with on(weight):
-            mixed_weight[(blocks_along(rows, part),)](
-                weight, low, scale, plain_scale, rows, columns, weight.stride(0),
-                GROUPS=groups, **chosen | {"PART": part, "num_warps": warps},
-            )  # fmt: skip
+        quantize_whole_rows(weight, low, None, scale, plain_scale)
     else:
         low, *_, scale, _ = quantize_row(mix_features(weight), None, 0, 0.0, 0, block, False, False)
         plain_scale = quantize_row(weight, None, 0, 0.0, 0, block, False, False)[5]

@@ -2,7 +2,8 @@
 
 As `hadamard_fused`, of blocks of 128: one kernel of the first read finds both AbsMax, one of the second writes both
 planes. A tile is transformed along its features, and, read again from a cache, along its tokens. Without a wgrad the
-same kernels leave that out. Other blocks and wider elements than 16 bits are mixed first and quantized afterwards.
+same kernels leave that out, or, where nothing can fall back, one read does. Other blocks and wider elements than 16
+bits are mixed first and quantized afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from lightning_int8.kernels.hadamard import (
     store_largest,
     store_transformed,
 )
-from lightning_int8.kernels.hadamard_features import integers_of_rows, load_features, mix_features
+from lightning_int8.kernels.hadamard_features import (
+    has_whole_rows,
+    integers_of_rows,
+    load_features,
+    mix_features,
+    quantize_whole_rows,
+)
 from lightning_int8.kernels.hadamard_fused import _B, _by_rows, _fits
 from lightning_int8.kernels.integers import _high_byte, inverse_scales, place
 from lightning_int8.kernels.launch import CachedLaunch
@@ -151,6 +158,9 @@ def quantize_row_mixed(
         return *_by_rows(planes), *transformed
     low, _, high, _, slot = empty_planes(new, rows, columns, capacity, block, False)
     scale = new.float32(rows)
+    if capacity == 0 and not wgrad and has_whole_rows(x):
+        quantize_whole_rows(x, low, slot, scale, None)
+        return low, high, slot, scale, new.int8(0), new.float32(0)
     # The contraction is over all columns of `low`: no transformed feature is padding.
     statistics = MatrixStatistics.empty(low, capacity, block)
     token_amax = new.int32(row_blocks, columns) if wgrad else None
