@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import hadamard, hadamard_fused, quantize, quantize_gradient, swiglu
+from lightning_int8.kernels import (
+    hadamard,
+    hadamard_features,
+    hadamard_fused,
+    hadamard_mixed,
+    quantize,
+    quantize_gradient,
+    swiglu,
+)
 from lightning_int8.kernels.hadamard_ops import TOKENS
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 
@@ -111,6 +119,22 @@ class Case:
             fallen = int((out[2] >= 0).sum())
             partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
             partial += 4 * columns * (blocks_along(rows, TOKENS) + 1)
+        elif op in ("row + hadamard, mixed", "mixed"):
+            wgrad = op != "mixed"
+            self.run = lambda: hadamard_mixed.quantize_row_mixed(x, state, 0, rate, capacity, block, True, wgrad)
+            out = self.run()
+            fallen = int((out[2] >= 0).sum())
+            partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
+            if wgrad:
+                partial += 4 * columns * (blocks_along(rows, TOKENS) + 1)
+        elif op in ("mixed, W", "row, W"):
+            # Float32, as master weights are, and read once.
+            weight = x.float()
+            if op == "mixed, W":
+                self.run = lambda: hadamard_features.quantize_weight_mixed(weight, block, False)
+            else:
+                self.run = lambda: quantize.quantize_row(weight, None, 0, 0.0, 0, block, False, False)
+            out, fallen, partial, reads = self.run(), 0, 0, weight.nbytes
         elif op == "gradient + hadamard":
             self.run = lambda: hadamard_fused.quantize_row_gradient_hadamard(
                 x, t, state, rate, capacity, block, True, False
@@ -174,7 +198,9 @@ def main() -> None:
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
                 ("hadamard", 0.0), ("hadamard, swiglu", 0.0), ("row, one layout", arguments.rate),
                 ("row + hadamard", arguments.rate), ("gradient, dgrad", arguments.rate),
-                ("gradient + hadamard", arguments.rate),
+                ("gradient + hadamard", arguments.rate), ("row + hadamard, mixed", arguments.rate),
+                ("row + hadamard, mixed", 0.0), ("mixed", arguments.rate), ("mixed", 0.0), ("row, W", 0.0),
+                ("mixed, W", 0.0),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)
                 ms = milliseconds(case.run)

@@ -139,10 +139,16 @@ def hadamard_statistics(
 def store_largest(tile, amax, group, column, columns):
     """Writes bit patterns of AbsMax of the columns of `_transform`."""
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
-    largest = _larger(_larger(_magnitude(y0, y1), _magnitude(y2, y3)), _larger(_magnitude(y4, y5), _magnitude(y6, y7)))
     c = column + tl.arange(0, tile.shape[1])
-    bits = tl.reduce(largest, 0, _larger).to(tl.int32, bitcast=True)
+    bits = largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7).to(tl.int32, bitcast=True)
     tl.store(amax + group.to(tl.int64) * columns + c, bits, mask=c < columns)
+
+
+@triton.jit
+def largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7):
+    """AbsMax ``[PART]`` of the columns of `_transform`, NaN where there is one."""
+    lower = _larger(_magnitude(y0, y1), _magnitude(y2, y3))
+    return tl.reduce(_larger(lower, _larger(_magnitude(y4, y5), _magnitude(y6, y7))), 0, _larger)
 
 
 @triton.jit

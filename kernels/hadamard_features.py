@@ -1,7 +1,8 @@
-"""The forward's operands with the features mixed by a Hadamard transform, in Triton for every GPU.
+"""The forward's operands with the features mixed by a Hadamard transform, in Triton for every GPU: W, and X's parts.
 
-See `hadamard_reference.mix_features`. It is the transform of `hadamard` along the other dimension, read and written
-once: the first version, which leaves quantization to the kernels that there are.
+It is the transform of `hadamard` along the other dimension: features are what `_transform` takes for tokens, and its
+columns are rows here. Programs that hold whole rows read what cannot fall back once: W, and X without a wgrad.
+`mix_features` only transforms, for what the kernels that quantize do not take.
 """
 
 from __future__ import annotations
@@ -10,20 +11,114 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_int8.kernels.hadamard import _ROOT, _TOKENS, _by_place, _load_operand, _options, _transform
+from lightning_int8.kernels.hadamard import (
+    _ROOT,
+    _TOKENS,
+    _by_place,
+    _load_operand,
+    _options,
+    _transform,
+    largest_of_columns,
+)
 from lightning_int8.kernels.hadamard_ops import TOKENS
+from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.plain_rows import MAX_COLUMNS
 from lightning_int8.kernels.planes import blocks_along, padded
-from lightning_int8.kernels.quantize_launch import check, on
-from lightning_int8.kernels.swiglu import _inputs
+from lightning_int8.kernels.quantize import quantize_row, transposed_integers
+from lightning_int8.kernels.quantize_launch import Allocator, check, on, options
+from lightning_int8.kernels.select import _MIN_SCALE_BITS, _over_constant
+from lightning_int8.kernels.statistics import magnitude_bits
+
+
+@triton.jit
+def load_features(x, column_block, row, rows, columns, stride_r, stride_c, PART: tl.constexpr):
+    """128 features of ``PART`` rows of ``x``, in its dtype, as `_transform` takes them: ``[128, PART]``."""
+    return _load_operand(x, None, column_block, row, columns, rows, stride_c, stride_r, PART)
+
+
+@triton.jit
+def _rounded(y, factor, mask, dtype: tl.constexpr):
+    return _integer_bits(y * factor, None, None, mask).to(dtype)
+
+
+@triton.jit
+def integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, dtype: tl.constexpr):
+    """Integers ``[PART, 128]`` of the eight parts of `_transform`, given the rows' reciprocal scales ``[PART]``."""
+    mask = _finite_mask(factor)[None, :]
+    factor = (factor * _ROOT)[None, :]
+    return _by_place(
+        _rounded(y0, factor, mask, dtype),
+        _rounded(y1, factor, mask, dtype),
+        _rounded(y2, factor, mask, dtype),
+        _rounded(y3, factor, mask, dtype),
+        _rounded(y4, factor, mask, dtype),
+        _rounded(y5, factor, mask, dtype),
+        _rounded(y6, factor, mask, dtype),
+        _rounded(y7, factor, mask, dtype),
+    )
+
+
+@triton.jit
+def _scale_of(largest):
+    """The bit pattern of the scale of rows with AbsMax ``largest``, a bit pattern, in which nothing falls back."""
+    return tl.maximum(_over_constant(largest, 127.0), _MIN_SCALE_BITS).to(tl.float32, bitcast=True)
+
+
+@CachedLaunch
+@triton.jit
+def mixed_rows(
+    x,
+    low,  # int8 [R, G·128]
+    slot,  # int32 [RB, G], blocks of 128, or None
+    scale,  # float32 [R]
+    plain_scale,  # float32 [R], of the rows as they are, or None
+    rows,
+    columns,
+    stride_r,
+    PART: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Everything of ``PART`` rows of ``x [R, Q]``, whose columns are adjacent.
+
+    ``GROUPS``, a power of two, is at least G, how many groups of 128 features there are.
+    """
+    groups = tl.cdiv(columns, _TOKENS)
+    row = tl.program_id(0) * PART
+    r = row + tl.arange(0, PART)
+    # What `_transform` takes for columns: a group of features of one row.
+    n = tl.arange(0, PART * GROUPS)
+    i = tl.arange(0, _TOKENS)
+    group = n % GROUPS
+    inside = (i[:, None] < columns - group[None, :] * _TOKENS) & (row + n // GROUPS < rows)[None, :]
+    x += row.to(tl.int64) * stride_r
+    offset = (n // GROUPS) * stride_r + group * _TOKENS
+    tile = tl.load(x + (i[:, None] + offset[None, :]), mask=inside, other=0.0)
+    if plain_scale is not None:
+        plain = tl.max(tl.reshape(tl.max(magnitude_bits(tile.to(tl.float32)), 0), [PART, GROUPS]), 1)
+        tl.store(plain_scale + r, _scale_of(plain), mask=r < rows)
+    if slot is not None:
+        if row % _TOKENS == 0:
+            g = tl.arange(0, GROUPS)
+            tl.store(slot + row // _TOKENS * groups + g, tl.full([GROUPS], -1, tl.int32), mask=g < groups)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+    largest = (largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7) * _ROOT).to(tl.int32, bitcast=True)
+    found = _scale_of(tl.max(tl.reshape(largest, [PART, GROUPS]), 1))
+    tl.store(scale + r, found, mask=r < rows)
+    factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), found)
+    factor = tl.reshape(tl.broadcast_to(factor[:, None], [PART, GROUPS]), [PART * GROUPS])
+    integers = integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, tl.int8)
+    low += row.to(tl.int64) * groups * _TOKENS
+    at = (n // GROUPS * groups + group) * _TOKENS
+    inside = (row + n // GROUPS < rows) & (group < groups)
+    tl.store(low + (at[:, None] + tl.arange(0, _TOKENS)[None, :]), integers, mask=inside[:, None])
 
 
 @CachedLaunch
 @triton.jit
 def features_mixed(
     x,
-    up,
-    mixed,  # [M, Q']
+    mixed,  # float32 [M, Q']
     rows,
     columns,
     stride_r,
@@ -34,44 +129,75 @@ def features_mixed(
     groups = tl.cdiv(columns, _TOKENS)
     group = tl.program_id(0) % groups
     row = tl.program_id(0) // groups * PART
-    dtype = mixed.dtype.element_ty
-    # [128, PART]: features are what `_transform` takes for tokens.
-    tile = _load_operand(x, up, group, row, columns, rows, stride_c, stride_r, PART)
+    tile = load_features(x, group, row, rows, columns, stride_r, stride_c, PART)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
-    y = _by_place(
-        (y0 * _ROOT).to(dtype),
-        (y1 * _ROOT).to(dtype),
-        (y2 * _ROOT).to(dtype),
-        (y3 * _ROOT).to(dtype),
-        (y4 * _ROOT).to(dtype),
-        (y5 * _ROOT).to(dtype),
-        (y6 * _ROOT).to(dtype),
-        (y7 * _ROOT).to(dtype),
-    )
     i = tl.arange(0, PART)
     pitch = groups * _TOKENS
     mixed += row.to(tl.int64) * pitch + group * _TOKENS
-    tl.store(mixed + i[:, None] * pitch + tl.arange(0, _TOKENS)[None, :], y, mask=(i < rows - row)[:, None])
+    y = _by_place(y0, y1, y2, y3, y4, y5, y6, y7) * _ROOT
+    tl.store(mixed + (i[:, None] * pitch + tl.arange(0, _TOKENS)[None, :]), y, mask=(i < rows - row)[:, None])
 
 
-def mix_features(x: Tensor, up: Tensor | None) -> Tensor:
+def mix_features(x: Tensor) -> Tensor:
     """``x Rᵀ``: see `hadamard_reference.mix_features`.
 
     Args:
         x: bfloat16, float16, float32 or float64 ``[M, Q]``, any strides; fast if one of them is 1.
-        up: ``None``, or like ``x``, but not float64; then others than contiguous ones are copied.
 
     Returns:
-        ``[M, Q']``; the same bits in every run.
+        float32 ``[M, Q']``; the same bits in every run.
     """
-    if up is not None:
-        x, up = _inputs(TOKENS, x, up)
     x, rows, columns, _, groups = check(x, TOKENS)
-    mixed = x.new_empty(rows, padded(columns, TOKENS))
+    mixed = Allocator(x.device).float32(rows, padded(columns, TOKENS))
     if mixed.numel() > 0:
-        chosen = _options("features_mixed", TOKENS, x, up)
+        chosen = _options("features_mixed", TOKENS, x, None)
         with on(x):
             features_mixed[(groups * blocks_along(rows, chosen["PART"]),)](
-                x, up, mixed, rows, columns, *x.stride(), **chosen
+                x, mixed, rows, columns, *x.stride(), **chosen
             )
     return mixed
+
+
+def has_whole_rows(x: Tensor) -> bool:
+    """Whether `quantize_whole_rows` takes ``x``: adjacent columns, and no more than registers hold."""
+    return x.stride(1) == 1 and 0 < x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0
+
+
+def quantize_whole_rows(x: Tensor, low: Tensor, slot: Tensor | None, scale: Tensor, plain_scale: Tensor | None) -> None:
+    """Launches `mixed_rows`, which writes the others."""
+    rows, columns = x.shape
+    chosen = options("mixed_rows", TOKENS)
+    groups = triton.next_power_of_2(blocks_along(columns, TOKENS))
+    part, warps = max(1, chosen["PART"] // groups), chosen["num_warps"] * max(1, groups // chosen["PART"])
+    with on(x):
+        mixed_rows[(blocks_along(rows, part),)](
+            x, low, slot, scale, plain_scale, rows, columns, x.stride(0),
+            GROUPS=groups, **chosen | {"PART": part, "num_warps": warps},
+        )  # fmt: skip
+
+
+def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W for the forward with its features mixed, and its scales as it is: `hadamard_reference.quantize_weight_mixed`.
+
+    One read where columns are adjacent and rows have at most `plain_rows.MAX_COLUMNS`; several otherwise.
+
+    Args:
+        weight: bfloat16, float16, float32 or float64 ``[N, K]``, any strides; fast if columns are adjacent.
+        block: Block edge: 32, 64 or 128.
+        transposed: Whether to write ``low_t``, in another read.
+
+    Returns:
+        ``low`` int8 ``[N, K']``, ``scale`` float32 ``[N]``, ``plain_scale`` float32 ``[N]`` and ``low_t`` int8
+        ``[K, NB·B]`` (empty unless ``transposed``); the same bits in every run.
+    """
+    weight, rows, columns, _, _ = check(weight, block)
+    new = Allocator(weight.device)
+    if has_whole_rows(weight):
+        low = new.int8(rows, padded(columns, TOKENS))
+        scale, plain_scale = new.float32(rows), new.float32(rows)
+        quantize_whole_rows(weight, low, None, scale, plain_scale)
+    else:
+        low, *_, scale, _ = quantize_row(mix_features(weight), None, 0, 0.0, 0, block, False, False)
+        plain_scale = quantize_row(weight, None, 0, 0.0, 0, block, False, False)[5]
+    low_t = transposed_integers(weight, plain_scale, block) if transposed else new.int8(0)
+    return low, scale, plain_scale, low_t

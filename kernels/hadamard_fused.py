@@ -160,7 +160,8 @@ def swiglu_row_hadamard(
     if not _fits(gate, block):
         h, *planes = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
         return h, *_by_rows(planes), *quantize_hadamard(h, None, block)
-    h, statistics = activation(gate, up, capacity, block)
+    statistics = MatrixStatistics.empty(gate, capacity, block)
+    h = activation(gate, up, block, statistics)
     mixed_amax = largest_of(h, None, block)
     return h, *_row_from_statistics(h, statistics, mixed_amax, state, operand, seed_rate, capacity, update)
 

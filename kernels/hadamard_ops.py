@@ -18,6 +18,16 @@ from lightning_int8.kernels.replay import repeated
 
 # Adjacent tokens, or features, that are mixed.
 TOKENS = 128
+# Where the native backends have their functions.
+_MODULES = {
+    "quantize_hadamard": "hadamard",
+    "quantize_row_hadamard": "hadamard_fused",
+    "swiglu_row_hadamard": "hadamard_fused",
+    "quantize_row_gradient_hadamard": "hadamard_fused",
+    "quantize_row_mixed": "hadamard_mixed",
+    "swiglu_row_mixed": "hadamard_mixed",
+    "quantize_weight_mixed": "hadamard_features",
+}
 
 
 def padded_tokens(tokens: int, block: int) -> int:
@@ -31,7 +41,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     if backend == "reference":
         module = "hadamard_reference"
     else:
-        module = {"quantize_hadamard": "hadamard", "mix_features": "hadamard_features"}.get(name, "hadamard_fused")
+        module = _MODULES[name]
     return repeated(backend, getattr(import_module(f"lightning_int8.kernels.{module}"), name))
 
 
@@ -46,21 +56,6 @@ def _(x, up, block, backend):
     rows, columns = x.shape
     low_t = x.new_empty(columns, padded_tokens(rows, block), dtype=torch.int8)
     return low_t, x.new_empty(columns, dtype=torch.float32)
-
-
-@_define("mix_features")
-def mix_features(x: Tensor, up: Tensor | None, backend: str, again: bool = False) -> Tensor:
-    """See :func:`lightning_int8.kernels.hadamard_reference.mix_features`.
-
-    ``again`` only keeps compilers from taking it for one without, and from keeping the result of that one.
-    """
-    return _implementation(backend, "mix_features")(x, up)
-
-
-@_fake("mix_features")
-def _(x, up, backend, again=False):
-    dtype = torch.float32 if x.dtype is torch.float64 else x.dtype
-    return x.new_empty(x.shape[0], padded(x.shape[1], TOKENS), dtype=dtype)
 
 
 @_define("quantize_row_hadamard", mutates=["state"])
@@ -116,6 +111,83 @@ def swiglu_row_hadamard(
 def _(gate, up, state, operand, seed_rate, capacity, block, update, backend):
     h = gate.new_empty(gate.shape)
     return h, *quantize_row_hadamard(h, state, operand, seed_rate, capacity, block, update, backend)
+
+
+@_define("quantize_row_mixed", mutates=["state"])
+def quantize_row_mixed(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_row_mixed`; counts as `ops.quantize_row`."""
+    update = update and _may_count()
+    out = _implementation(backend, "quantize_row_mixed")(x, state, operand, seed_rate, capacity, block, update, wgrad)
+    if update:
+        # A row's mean square is that of its transformed features.
+        measure_power(x, out[3], state, operand, backend)
+    return out
+
+
+@_fake("quantize_row_mixed")
+def _(x, state, operand, seed_rate, capacity, block, update, wgrad, backend):
+    mixed = x.new_empty(x.shape[0], padded(x.shape[1], TOKENS))
+    low, _, high, _, slot, scale, _ = quantize_row(
+        mixed, state, operand, seed_rate, capacity, block, update, False, backend
+    )
+    if wgrad:
+        return low, high, slot, scale, *quantize_hadamard(x, None, block, backend)
+    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0)
+
+
+@_define("swiglu_row_mixed", mutates=["state"])
+def swiglu_row_mixed(
+    gate: Tensor,
+    up: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.swiglu_row_mixed`; counts as `ops.quantize_row`."""
+    update = update and _may_count()
+    h, *out = _implementation(backend, "swiglu_row_mixed")(
+        gate, up, state, operand, seed_rate, capacity, block, update, wgrad
+    )
+    if update:
+        measure_power(h, out[3], state, operand, backend)
+    return h, *out
+
+
+@_fake("swiglu_row_mixed")
+def _(gate, up, state, operand, seed_rate, capacity, block, update, wgrad, backend):
+    h = gate.new_empty(gate.shape)
+    return h, *quantize_row_mixed(h, state, operand, seed_rate, capacity, block, update, wgrad, backend)
+
+
+@_define("quantize_weight_mixed")
+def quantize_weight_mixed(
+    weight: Tensor, block: int, transposed: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_weight_mixed`."""
+    return _implementation(backend, "quantize_weight_mixed")(weight, block, transposed)
+
+
+@_fake("quantize_weight_mixed")
+def _(weight, block, transposed, backend):
+    rows, columns = weight.shape
+    low = weight.new_empty(rows, padded(padded(columns, TOKENS), block), dtype=torch.int8)
+    scale, plain_scale = (weight.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return low, scale, plain_scale, low.new_empty((columns, padded(rows, block)) if transposed else 0)
 
 
 @_define("quantize_row_gradient_hadamard", mutates=["state"])

@@ -45,27 +45,22 @@ def transform(x: Tensor) -> Tensor:
     return mixed.flatten(0, 1)
 
 
-def mix_features(x: Tensor, up: Tensor | None) -> Tensor:
+def mix_features(x: Tensor) -> Tensor:
     """``x Rᵀ``: X or W as the forward contracts over its features, to be quantized by rows.
 
     Columns are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
-    Sums are float32 and rounded once, to bfloat16 by far less than to 8 bits. A kernel may take them in another order.
+    A kernel may take the float32 sums in another order.
 
     Args:
         x: float ``[M, Q]``, any strides.
-        up: ``None``, or like ``x``: what is transformed is ``silu(x)·up``, as PyTorch rounds it in the dtype of ``x``.
 
     Returns:
-        ``[M, Q']``, ``Q'`` being ``Q`` rounded up to 128, contiguous, in the dtype of ``x`` (float64: float32). NaN and
-        infinities reach all 128 features. A value too large for the dtype is infinite, which takes a norm of 128
-        features larger than the dtype holds.
+        float32 ``[M, Q']``, ``Q'`` being ``Q`` rounded up to 128, contiguous. NaN and infinities reach all 128
+        features.
     """
-    if up is not None:
-        x = F.silu(x) * up
     columns = x.shape[1]
     mixed = transform(F.pad(x.float(), (0, padded(columns, TOKENS) - columns)).t()) * TOKENS**0.5
-    dtype = torch.float32 if x.dtype is torch.float64 else x.dtype
-    return mixed.t().to(dtype).contiguous()
+    return mixed.t().contiguous()
 
 
 def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +117,66 @@ def swiglu_row_hadamard(
     """``h`` of `swiglu_reference.swiglu_row`, and `quantize_row_hadamard` of it."""
     h, low, _, high, _, slot, scale, _ = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
     return h, low, high, slot, scale, *quantize_hadamard(h, None, block)
+
+
+def quantize_row_mixed(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.quantize_row` of `mix_features`, for the forward, and `quantize_hadamard` of ``x``, for the wgrad.
+
+    The transformed features are quantized from float32. Scales differ between kernels by up to about 1e-6 of
+    themselves, and integers by one where a value lies that near to a tie.
+
+    Returns:
+        ``low``, ``high``, ``slot`` and ``scale`` of the one; ``low_t`` and ``scale`` of the other, or empty unless
+        ``wgrad``.
+    """
+    mixed = mix_features(x)
+    low, _, high, _, slot, scale, _ = quantize_row(mixed, state, operand, seed_rate, capacity, block, update, False)
+    if wgrad:
+        return low, high, slot, scale, *quantize_hadamard(x, None, block)
+    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0)
+
+
+def swiglu_row_mixed(
+    gate: Tensor,
+    up: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``h = silu(gate)·up`` in the dtype of ``gate``, and `quantize_row_mixed` of it."""
+    h = F.silu(gate) * up
+    return h, *quantize_row_mixed(h, state, operand, seed_rate, capacity, block, update, wgrad)
+
+
+def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W for the forward with its features mixed, and for the dgrad as it is, both without fallback.
+
+    Args:
+        weight: float ``[N, K]``, any strides.
+        block: Block edge.
+        transposed: Whether the integers for the dgrad are wanted, and not their scales alone.
+
+    Returns:
+        ``low`` int8 ``[N, K']`` and ``scale`` float32 ``[N]`` of `reference.quantize_row` of `mix_features`;
+        ``plain_scale`` float32 ``[N]`` and ``low_t`` int8 ``[K, NB·B]`` of `reference.quantize_row` of ``weight``,
+        ``low_t`` empty unless ``transposed``.
+    """
+    low, *_, scale, _ = quantize_row(mix_features(weight), None, 0, 0.0, 0, block, False, False)
+    _, low_t, _, _, _, plain_scale, _ = quantize_row(weight, None, 0, 0.0, 0, block, False, transposed)
+    return low, scale, plain_scale, low_t
 
 
 def quantize_row_gradient_hadamard(

@@ -33,6 +33,11 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "hadamard_scales": {block: {"num_warps": 4, "PART": 32, "CHUNK": 64} for block in BLOCKS},
     "hadamard_planes": {block: {"num_warps": 4, "PART": 64} for block in BLOCKS},
     "features_mixed": {128: {"num_warps": 4, "PART": 64}},
+    # Groups of 128 features of a row, and so of several rows; more warps for longer rows.
+    "mixed_rows": {128: {"num_warps": 8, "PART": 64}},
+    # Not pipelined, so that what a program reads twice comes from L1 the second time.
+    "mixed_statistics": {128: {"num_warps": 8, "PART": 64, "num_stages": 1}},
+    "mixed_planes": {128: {"num_warps": 8, "PART": 64}},
     # Blocks of one transform's rows only.
     "row_hadamard_statistics": {128: {"num_warps": 8}},
     "row_hadamard_planes": {128: {"num_warps": 8, "PART": 64}},

@@ -7,6 +7,8 @@ compute and round them, so that the integers are those of the unfused layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,7 @@ def swiglu_statistics(
     gate,
     up,
     h,
-    amax,  # int32 [QB, R]
+    amax,  # int32 [QB, R], or None
     weight,  # float32 [QB, R], or None
     block_amax,  # int32 [RB, QB], or None
     rows,
@@ -231,20 +233,22 @@ def swiglu_row(
     Returns:
         ``h [R, Q]`` in ``gate``'s dtype, then the seven tensors of `quantize_row`.
     """
-    h, statistics = activation(gate, up, capacity, block)
+    statistics = MatrixStatistics.empty(gate, capacity, block)
+    h = activation(gate, up, block, statistics)
     return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
 
 
-def activation(gate: Tensor, up: Tensor, capacity: int, block: int) -> tuple[Tensor, MatrixStatistics]:
-    """``h = silu(gate)·up`` and its statistics, from what `swiglu_row` takes."""
+def activation(
+    gate: Tensor, up: Tensor, block: int, statistics: Sequence[Tensor | None] = (None, None, None)
+) -> Tensor:
+    """``h = silu(gate)·up`` of what `swiglu_row` takes; writes those of its ``statistics`` that are not ``None``."""
     gate, up = _inputs(block, gate, up)
     h = torch.empty_like(gate)
-    statistics = MatrixStatistics.empty(h, capacity, block)
     with on(h):
         swiglu_statistics[_grid(h, block)](
             gate, up, h, *statistics, *h.shape, B=block, **row_options("swiglu_statistics", block, h)
         )
-    return h, statistics
+    return h
 
 
 def swiglu_gradient(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +11,13 @@ from torch import Tensor
 from lightning_int8 import int8_linear
 from lightning_int8.kernels import backends, ops, swiglu_ops
 from lightning_int8.kernels.hadamard_ops import (
-    mix_features,
     quantize_hadamard,
     quantize_row_gradient_hadamard,
     quantize_row_hadamard,
+    quantize_row_mixed,
+    quantize_weight_mixed,
     swiglu_row_hadamard,
+    swiglu_row_mixed,
 )
 from lightning_int8.kernels.planes import QuantizedMatrix
 from tests.assertions import sqnr_db
@@ -112,15 +116,50 @@ def test_a_forward_of_mixed_features_is_near_float64_and_repeats(backend, shape,
     assert found[backend] > 32
 
 
+def assert_near(wanted: Sequence[Tensor], got: Sequence[Tensor], scale_at: int = 3) -> None:
+    """Sums in another order: scales in their last bits, integers at most one apart and rarely."""
+    torch.testing.assert_close(got[scale_at], wanted[scale_at], rtol=5e-6, atol=0)
+    apart = (got[0].int() - wanted[0]).abs()
+    # Low bytes of 16-bit integers wrap.
+    assert torch.minimum(apart, 256 - apart).max() <= 1
+    assert (apart > 0).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("capacity", [0, 300])
 @pytest.mark.parametrize("activation", [False, True])
-def test_mixed_features_are_near_the_reference_and_repeat(dtype, activation):
+def test_mixed_features_are_near_the_reference_and_repeat(dtype, capacity, activation):
     backend = backends.choose("auto", torch.device("cuda", 0))
     g = torch.Generator("cuda").manual_seed(0)
     x, up = (torch.randn(16384 + 7, 1416, device="cuda", generator=g).to(dtype) for _ in range(2))
-    up = up if activation else None
-    mixed, wanted = mix_features(x, up, backend), mix_features(x, up, "reference")
-    # Sums in another order: next to ties, one in the last place.
-    torch.testing.assert_close(mixed, wanted, rtol=torch.finfo(dtype).eps, atol=5e-6)
+
+    def quantized(wgrad: bool = True) -> tuple[Tensor, ...]:
+        if activation:
+            return swiglu_row_mixed(x, up, *rest, wgrad, backend)
+        return x, *quantize_row_mixed(x, *rest, wgrad, backend)
+
+    # Without a state, thresholds are of this tensor.
+    rest = None, 0, 0.1, capacity, 128, False
+    h, *got = quantized()
+    wanted = quantize_row_mixed(h, *rest, False, "reference")
+    assert torch.equal(got[2], wanted[2])
+    assert_near(wanted, got)
+    assert all(map(torch.equal, got[4:], quantize_hadamard(h, None, 128, backend)))
+    fallen = int((got[2] >= 0).sum())
+    for i in range(20):
+        for a, b in zip(got[: 4 if i == 0 else 6], quantized(wgrad=i > 0)[1:], strict=i > 0):
+            assert torch.equal(*(t[:fallen] if t.dim() == 3 else t for t in (a, b)))
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1000, 14336), (2048 + 5, 1416)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mixed_weight_is_near_the_reference_and_repeats(shape, dtype):
+    backend = backends.choose("auto", torch.device("cuda", 0))
+    weight = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    got = quantize_weight_mixed(weight, 128, True, backend)
+    assert_near(quantize_weight_mixed(weight, 128, True, "reference"), got, 1)
+    _, low_t, _, _, _, scale, _ = ops.quantize_row(weight, None, 0, 0.0, 0, 128, False, True, backend)
+    assert torch.equal(got[2], scale)
+    assert torch.equal(got[3], low_t)
     for _ in range(20):
-        assert torch.equal(mix_features(x, up, backend), mixed)
+        assert all(map(torch.equal, quantize_weight_mixed(weight, 128, True, backend), got))

@@ -16,6 +16,7 @@ from lightning_int8.kernels import (
     hadamard,
     hadamard_features,
     hadamard_fused,
+    hadamard_mixed,
     power_sums,
     quantize,
     quantize_gradient,
@@ -41,7 +42,9 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
     hadamard.quantize_hadamard(x, None, block)
-    hadamard_features.mix_features(x, None)
+    hadamard_features.quantize_weight_mixed(x, block, False)
+    hadamard_mixed.quantize_row_mixed(x, state, 0, 0.2, capacity, block, True, True)
+    hadamard_mixed.quantize_row_mixed(x, state, 0, 0.2, capacity, block, True, False)
     hadamard_fused.quantize_row_hadamard(x, state, 0, 0.2, capacity, block, True)
     hadamard_fused.quantize_row_gradient_hadamard(x, t, state, 0.2, capacity, block, True, True)
     if dtype is not torch.float64 and not transposed:
@@ -50,7 +53,6 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
         swiglu_planes.swiglu_planes(x, x, s, slot, capacity, block)
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
         hadamard.quantize_hadamard(x, x, block)
-        hadamard_features.mix_features(x, x)
 
 
 def launch_many_blocks(block: int, rows: int, columns: int) -> None:

@@ -245,13 +245,25 @@ else:
         equal(hadamard_ops._implementation(backend, "quantize_hadamard"), arguments)
 
     @pytest.mark.parametrize("backend", NATIVE)
-    @pytest.mark.parametrize("activation", [False, True])
-    def test_mixed_features(backend, activation):
-        def arguments(seed):
-            x, up = (matrix(s, ROWS, 128 + COLUMNS, torch.float16) for s in (seed, seed + 9))
-            return (x, up) if activation else (x.t().contiguous().t(), None)
+    @pytest.mark.parametrize(("block", "wgrad"), [(128, True), (128, False), (BLOCK, True)])
+    def test_mixed_features(backend, block, wgrad):
+        rest = 0, 0.2, 3, block, True, wgrad
 
-        equal(hadamard_ops._implementation(backend, "mix_features"), arguments)
+        def forward(seed):
+            return matrix(seed, 5, COLUMNS).t().contiguous().t(), thresholds(), *rest
+
+        def activation(seed):
+            return matrix(seed, 5, COLUMNS), matrix(seed + 9, 5, COLUMNS), thresholds(), *rest
+
+        def weight(seed):
+            return matrix(seed, FEATURES, COLUMNS, torch.float32), block, wgrad
+
+        def implementation(name):
+            return hadamard_ops._implementation(backend, name)
+
+        equal(implementation("quantize_row_mixed"), forward, undefined=(1,), written=1)
+        equal(implementation("swiglu_row_mixed"), activation, undefined=(2,), written=2)
+        equal(implementation("quantize_weight_mixed"), weight)
 
     @pytest.mark.parametrize("backend", NATIVE)
     def test_hadamard_beside_rows(backend):

@@ -1,0 +1,200 @@
+"""X quantized by rows with its features mixed, and for the wgrad with its tokens mixed, in two reads for both.
+
+As `hadamard_fused`, of blocks of 128: one kernel of the first read finds both AbsMax, one of the second writes both
+planes. A tile is transformed along its features, and, read again from a cache, along its tokens. Without a wgrad the
+same kernels leave that out, or, where nothing can fall back, one read does. Other blocks and wider elements than 16
+bits are mixed first and quantized afterwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_int8.kernels.hadamard import (
+    _ROOT,
+    _load_operand,
+    _transform,
+    largest_of_columns,
+    quantize_hadamard,
+    scales_from,
+    store_largest,
+    store_transformed,
+)
+from lightning_int8.kernels.hadamard_features import (
+    has_whole_rows,
+    integers_of_rows,
+    load_features,
+    mix_features,
+    quantize_whole_rows,
+)
+from lightning_int8.kernels.hadamard_fused import _B, _by_rows, _fits
+from lightning_int8.kernels.integers import _high_byte, inverse_scales, place
+from lightning_int8.kernels.launch import CachedLaunch
+from lightning_int8.kernels.planes import padded
+from lightning_int8.kernels.quantize import MatrixStatistics, quantize_row, select_rows
+from lightning_int8.kernels.quantize_launch import Allocator, check, empty_planes, on, options, parts
+from lightning_int8.kernels.statistics import _PLAIN_WEIGHT
+from lightning_int8.kernels.swiglu import activation
+
+
+@triton.jit
+def feature_statistics(tile, amax, weight, column_block, r, rows):
+    """`statistics.row_statistics` of the rows ``r`` with the features of `load_features` transformed."""
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+    by_row = (largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7) * _ROOT).to(tl.int32, bitcast=True)
+    out = column_block.to(tl.int64) * rows + r
+    tl.store(amax + out, by_row, mask=r < rows)
+    if weight is not None:
+        lower = tl.abs(y0) + tl.abs(y1) + (tl.abs(y2) + tl.abs(y3))
+        total = tl.sum(lower + (tl.abs(y4) + tl.abs(y5) + (tl.abs(y6) + tl.abs(y7))), 0)
+        tl.store(weight + out, total * (_PLAIN_WEIGHT * _ROOT), mask=r < rows)
+    return by_row
+
+
+@CachedLaunch
+@triton.jit
+def mixed_statistics(
+    x,
+    amax,  # int32 [QB, R], of the rows, their features transformed
+    weight,  # float32 [QB, R], or None
+    block_amax,  # int32 [RB, QB], or None
+    token_amax,  # int32 [RB, Q], of the columns, their tokens transformed, or None
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    PART: tl.constexpr,
+):
+    """`matrix_statistics` of one block, its features transformed, and its `hadamard_statistics`; by ``PART``."""
+    pid = tl.program_id(0)
+    column_blocks = tl.cdiv(columns, _B)
+    row_block = pid // column_blocks
+    column_block = pid % column_blocks
+    largest = tl.zeros([PART], tl.int32)
+    for start in range(0, _B, PART):
+        row = row_block * _B + start
+        tile = load_features(x, column_block, row, rows, columns, stride_r, stride_c, PART)
+        by_row = feature_statistics(tile, amax, weight, column_block, row + tl.arange(0, PART), rows)
+        largest = tl.maximum(largest, by_row)
+    if block_amax is not None:
+        tl.store(block_amax + pid, tl.max(largest, 0))
+    if token_amax is not None:
+        for start in range(0, _B, PART):
+            column = column_block * _B + start
+            tile = _load_operand(x, None, row_block, column, rows, columns, stride_r, stride_c, PART)
+            store_largest(tile, token_amax, row_block, column, columns)
+
+
+@CachedLaunch
+@triton.jit
+def mixed_planes(
+    x,
+    scale,  # float32 [R]
+    slot,  # int32 [RB, QB], or None: no fallback
+    low,  # int8 [R, QB·128], the features transformed
+    high,
+    inverse,  # float32 [Q]: see `hadamard_scales`
+    low_t,  # int8 [Q, RB·128], the tokens transformed, or None
+    rows,
+    columns,
+    stride_r,
+    stride_c,
+    PART: tl.constexpr,
+):
+    """Integers of ``PART`` rows of a block, both bytes by rows, and of ``PART`` columns of it, transposed."""
+    row_block, column_block, part = place(columns, _B, PART)
+    i = tl.arange(0, PART)
+    j = tl.arange(0, _B)
+    row = row_block * _B + part * PART
+    factor = inverse_scales(scale, row + i, rows)
+    tile = load_features(x, column_block, row, rows, columns, stride_r, stride_c, PART)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+    column_blocks = tl.cdiv(columns, _B)
+    at = low + (row.to(tl.int64) * column_blocks + column_block) * _B
+    at += i[:, None] * (column_blocks * _B) + j[None, :]
+    if slot is None:
+        integers = integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, tl.int8)
+        tl.store(at, integers, mask=(i < rows - row)[:, None])
+    else:
+        integers = integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, tl.int16)
+        tl.store(at, integers.to(tl.int8), mask=(i < rows - row)[:, None])
+        block_slot = tl.load(slot + row_block * column_blocks + column_block)
+        if block_slot >= 0:
+            at_high = block_slot.to(tl.int64) * (_B * _B) + ((part * PART + i)[:, None] * _B + j[None, :])
+            tl.store(high + at_high, _high_byte(integers.to(tl.int32)))
+    if low_t is not None:
+        column = column_block * _B + part * PART
+        c = column + i
+        factor_t = tl.load(inverse + c, mask=c < columns, other=1.0)[None, :]
+        tile = _load_operand(x, None, row_block, column, rows, columns, stride_r, stride_c, PART)
+        store_transformed(tile, factor_t, low_t, row_block, column, rows, columns)
+
+
+def quantize_row_mixed(
+    x: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X for the forward with its features mixed, and for the wgrad: see `hadamard_reference.quantize_row_mixed`.
+
+    Takes what `quantize.quantize_row` takes, and has the same bits in every run.
+
+    Returns:
+        ``low``, ``high``, ``slot`` and ``scale`` by rows; ``low_t`` and its ``scale`` for the wgrad, to the bit those
+        of `hadamard.quantize_hadamard`, or empty.
+    """
+    x, rows, columns, row_blocks, column_blocks = check(x, block)
+    new = Allocator(x.device)
+    if not _fits(x, block):
+        planes = quantize_row(mix_features(x), state, operand, seed_rate, capacity, block, update, False)
+        transformed = quantize_hadamard(x, None, block) if wgrad else (new.int8(0), new.float32(0))
+        return *_by_rows(planes), *transformed
+    low, _, high, _, slot = empty_planes(new, rows, columns, capacity, block, False)
+    scale = new.float32(rows)
+    if capacity == 0 and not wgrad and has_whole_rows(x):
+        quantize_whole_rows(x, low, slot, scale, None)
+        return low, high, slot, scale, new.int8(0), new.float32(0)
+    # The contraction is over all columns of `low`: no transformed feature is padding.
+    statistics = MatrixStatistics.empty(low, capacity, block)
+    token_amax = new.int32(row_blocks, columns) if wgrad else None
+    low_t, token_scale, inverse = None, new.float32(0), None
+    with on(x):
+        mixed_statistics[(row_blocks * column_blocks,)](
+            x, *statistics, token_amax, rows, columns, *x.stride(), **options("mixed_statistics", block)
+        )
+        select_rows(low, statistics, state, operand, seed_rate, capacity, block, update, slot, scale, None)
+        if token_amax is not None:
+            token_scale, inverse = scales_from(token_amax, block)
+            low_t = new.int8(columns, padded(rows, block))
+        mixed_planes[parts("mixed_planes", row_blocks * column_blocks, block)](
+            x, scale, slot if capacity > 0 else None, low, high, inverse, low_t, rows, columns, *x.stride(),
+            **options("mixed_planes", block),
+        )  # fmt: skip
+    return low, high, slot, scale, new.int8(0) if low_t is None else low_t, token_scale
+
+
+def swiglu_row_mixed(
+    gate: Tensor,
+    up: Tensor,
+    state: Tensor | None,
+    operand: int,
+    seed_rate: float,
+    capacity: int,
+    block: int,
+    update: bool,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``h = silu(gate)·up``, and what `quantize_row_mixed` makes of it; takes what `swiglu.swiglu_row` takes.
+
+    Returns:
+        ``h``, then the six tensors of `quantize_row_mixed`.
+    """
+    h = activation(gate, up, block)
+    return h, *quantize_row_mixed(h, state, operand, seed_rate, capacity, block, update, wgrad)
