@@ -18,8 +18,6 @@ import torch
 
 from lightning_int8.kernels import (
     hadamard,
-    hadamard_features,
-    hadamard_fused,
     hadamard_mixed,
     quantize,
     quantize_gradient,
@@ -97,7 +95,7 @@ class Case:
             gate, up = torch.randn_like(x), torch.randn_like(x)
             other = state.clone()
 
-            def both() -> list[torch.Tensor]:
+            def of_both() -> list[torch.Tensor]:
                 dgate, dup, *found = swiglu.swiglu_gradient(x, gate, up, t, t, s, m, capacity, block, False)
                 return [
                     plane
@@ -107,46 +105,28 @@ class Case:
                     )
                 ]
 
-            self.run = both
+            self.run = of_both
             out = self.run()
             fallen = sum(int((out[i] >= 0).sum()) for i in (2, 6, 11, 15))
             partial = 2 * gradient_partial
             # dH, gate, up and both gradients are read, both gradients are written.
             reads = 7 * x.nbytes
-        elif op == "row + hadamard":
-            self.run = lambda: hadamard_fused.quantize_row_hadamard(x, state, 0, rate, capacity, block, True)
+        elif op in ("mixed", "mixed, rows"):
+            both = op == "mixed"
+            self.run = lambda: hadamard_mixed.quantize_mixed(x, state, 0, rate, capacity, block, True, both, False)
             out = self.run()
             fallen = int((out[2] >= 0).sum())
             partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
-            partial += 4 * columns * (blocks_along(rows, TOKENS) + 1)
-        elif op in ("row + hadamard, mixed", "mixed"):
-            wgrad = op != "mixed"
-            self.run = lambda: hadamard_mixed.quantize_row_mixed(x, state, 0, rate, capacity, block, True, wgrad)
-            out = self.run()
-            fallen = int((out[2] >= 0).sum())
-            partial = 4 * rows * blocks_along(columns, block) * (2 if capacity else 1)
-            if wgrad:
+            if both:
                 partial += 4 * columns * (blocks_along(rows, TOKENS) + 1)
         elif op in ("mixed, W", "row, W"):
             # Float32, as master weights are, and read once.
             weight = x.float()
             if op == "mixed, W":
-                self.run = lambda: hadamard_features.quantize_weight_mixed(weight, block, False)
+                self.run = lambda: hadamard_mixed.quantize_mixed(weight, None, 0, 0.0, 0, block, False, False, False)
             else:
                 self.run = lambda: quantize.quantize_row(weight, None, 0, 0.0, 0, block, False, False)
             out, fallen, partial, reads = self.run(), 0, 0, weight.nbytes
-        elif op == "gradient + hadamard":
-            self.run = lambda: hadamard_fused.quantize_row_gradient_hadamard(
-                x, t, state, rate, capacity, block, True, False
-            )
-            out = self.run()
-            fallen = int((out[2] >= 0).sum())
-            partial = 4 * 2 * rows * blocks_along(columns, block) + 4 * columns * (blocks_along(rows, TOKENS) + 1)
-        elif op == "gradient, dgrad":
-            folded = x, t, None, None, state, rate, capacity, block, True, "nothing", False
-            self.run = lambda: quantize_gradient.quantize_row_gradient(*folded)
-            out = self.run()
-            fallen, partial = int((out[2] >= 0).sum()), 4 * 2 * rows * blocks_along(columns, block)
         elif op.startswith("gradient"):
             arguments = x, t, s, m, state, rate, capacity, block, True, stochastic, True
             self.run = lambda: quantize_gradient.quantize_row_gradient(*arguments)
@@ -196,11 +176,8 @@ def main() -> None:
                 ("gradient, stochastic", arguments.rate), ("gradient, stochastic small", arguments.rate),
                 ("block", arguments.rate), ("block, stochastic", 0.2),
                 ("swiglu", arguments.rate), ("swiglu gradient", arguments.rate),
-                ("hadamard", 0.0), ("hadamard, swiglu", 0.0), ("row, one layout", arguments.rate),
-                ("row + hadamard", arguments.rate), ("gradient, dgrad", arguments.rate),
-                ("gradient + hadamard", arguments.rate), ("row + hadamard, mixed", arguments.rate),
-                ("row + hadamard, mixed", 0.0), ("mixed", arguments.rate), ("mixed", 0.0), ("row, W", 0.0),
-                ("mixed, W", 0.0),
+                ("hadamard", 0.0), ("hadamard, swiglu", 0.0), ("mixed", arguments.rate), ("mixed", 0.0),
+                ("mixed, rows", arguments.rate), ("mixed, rows", 0.0), ("row, W", 0.0), ("mixed, W", 0.0),
             ):  # fmt: skip
                 case = Case(op, rows, columns, block, rate)
                 ms = milliseconds(case.run)

@@ -162,19 +162,26 @@ def hadamard_scales(
     amax,  # int32 [G, Q]
     scale,  # float32 [Q]
     inverse,  # float32 [Q], of the scales for R x / sqrt(128)
+    sums,  # float32 [G, Q], or None
+    total,  # float32 [Q]: their sums over G
     groups,
     columns,
     PART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The scales of ``PART`` columns."""
+    """The scales of ``PART`` columns, and the last step of summing them up."""
     c = tl.program_id(0) * PART + tl.arange(0, PART)
     largest = tl.zeros([CHUNK, PART], tl.int32)
+    summed = tl.zeros([CHUNK, PART], tl.float32)
     for start in range(0, groups, CHUNK):
         g = start + tl.arange(0, CHUNK)
         inside = (g < groups)[:, None] & (c < columns)[None, :]
         bits = tl.load(amax + g.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0)
         largest = tl.maximum(largest, bits)
+        if sums is not None:
+            summed += tl.load(sums + g.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0)
+    if sums is not None:
+        tl.store(total + c, tl.sum(summed, 0), mask=c < columns)
     # Divided first: R x itself may be larger than the largest float32. Maxima of bit patterns, since those keep NaN.
     s = _over_constant(tl.max(largest, 0), 127.0).to(tl.float32, bitcast=True) * _ROOT
     s = tl.maximum(s.to(tl.int32, bitcast=True), _MIN_SCALE_BITS).to(tl.float32, bitcast=True)
@@ -275,12 +282,16 @@ def largest_of(x: Tensor, up: Tensor | None, block: int) -> Tensor:
     return amax
 
 
-def scales_from(amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``inverse`` of `hadamard_scales`."""
+def scales_from(
+    amax: Tensor, block: int, sums: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``inverse`` of `hadamard_scales`; writes ``total``, if there are ``sums``."""
     (groups, columns), new, chosen = amax.shape, Allocator(amax.device), options("hadamard_scales", block)
     scale, inverse = new.float32(columns), new.float32(columns)
     with on(amax):
-        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](amax, scale, inverse, groups, columns, **chosen)
+        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](
+            amax, scale, inverse, sums, total, groups, columns, **chosen
+        )
     return scale, inverse
 
 

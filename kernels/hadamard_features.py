@@ -1,7 +1,7 @@
-"""The forward's operands with the features mixed by a Hadamard transform, in Triton for every GPU: W, and X's parts.
+"""Rows with their features mixed by a Hadamard transform, in Triton for every GPU: alone, and the parts of both.
 
 It is the transform of `hadamard` along the other dimension: features are what `_transform` takes for tokens, and its
-columns are rows here. Programs that hold whole rows read what cannot fall back once: W, and X without a wgrad.
+columns are rows here. Programs that hold whole rows read what cannot fall back once: W, and X in evaluation.
 `mix_features` only transforms, for what the kernels that quantize do not take.
 """
 
@@ -25,10 +25,8 @@ from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.plain_rows import MAX_COLUMNS
 from lightning_int8.kernels.planes import blocks_along, padded
-from lightning_int8.kernels.quantize import quantize_row, transposed_integers
-from lightning_int8.kernels.quantize_launch import Allocator, check, on, options
+from lightning_int8.kernels.quantize_launch import Allocator, check, empty_planes, on, options
 from lightning_int8.kernels.select import _MIN_SCALE_BITS, _over_constant
-from lightning_int8.kernels.statistics import magnitude_bits
 
 
 @triton.jit
@@ -59,20 +57,13 @@ def integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, dtype: tl.constexpr
     )
 
 
-@triton.jit
-def _scale_of(largest):
-    """The bit pattern of the scale of rows with AbsMax ``largest``, a bit pattern, in which nothing falls back."""
-    return tl.maximum(_over_constant(largest, 127.0), _MIN_SCALE_BITS).to(tl.float32, bitcast=True)
-
-
 @CachedLaunch
 @triton.jit
 def mixed_rows(
     x,
     low,  # int8 [R, G·128]
-    slot,  # int32 [RB, G], blocks of 128, or None
+    slot,  # int32 [RB, G], blocks of 128
     scale,  # float32 [R]
-    plain_scale,  # float32 [R], of the rows as they are, or None
     rows,
     columns,
     stride_r,
@@ -94,16 +85,13 @@ def mixed_rows(
     x += row.to(tl.int64) * stride_r
     offset = (n // GROUPS) * stride_r + group * _TOKENS
     tile = tl.load(x + (i[:, None] + offset[None, :]), mask=inside, other=0.0)
-    if plain_scale is not None:
-        plain = tl.max(tl.reshape(tl.max(magnitude_bits(tile.to(tl.float32)), 0), [PART, GROUPS]), 1)
-        tl.store(plain_scale + r, _scale_of(plain), mask=r < rows)
-    if slot is not None:
-        if row % _TOKENS == 0:
-            g = tl.arange(0, GROUPS)
-            tl.store(slot + row // _TOKENS * groups + g, tl.full([GROUPS], -1, tl.int32), mask=g < groups)
+    if row % _TOKENS == 0:
+        g = tl.arange(0, GROUPS)
+        tl.store(slot + row // _TOKENS * groups + g, tl.full([GROUPS], -1, tl.int32), mask=g < groups)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     largest = (largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7) * _ROOT).to(tl.int32, bitcast=True)
-    found = _scale_of(tl.max(tl.reshape(largest, [PART, GROUPS]), 1))
+    largest = tl.max(tl.reshape(largest, [PART, GROUPS]), 1)
+    found = tl.maximum(_over_constant(largest, 127.0), _MIN_SCALE_BITS).to(tl.float32, bitcast=True)
     tl.store(scale + r, found, mask=r < rows)
     factor = tl.div_rn(tl.full([PART], 1.0, tl.float32), found)
     factor = tl.reshape(tl.broadcast_to(factor[:, None], [PART, GROUPS]), [PART * GROUPS])
@@ -163,41 +151,17 @@ def has_whole_rows(x: Tensor) -> bool:
     return x.stride(1) == 1 and 0 < x.shape[1] <= MAX_COLUMNS and x.shape[0] > 0
 
 
-def quantize_whole_rows(x: Tensor, low: Tensor, slot: Tensor | None, scale: Tensor, plain_scale: Tensor | None) -> None:
-    """Launches `mixed_rows`, which writes the others."""
+def quantize_whole_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of `hadamard_mixed.quantize_mixed` without fallback, of blocks of 128, where `has_whole_rows`."""
     rows, columns = x.shape
-    chosen = options("mixed_rows", TOKENS)
-    groups = triton.next_power_of_2(blocks_along(columns, TOKENS))
+    new = Allocator(x.device)
+    low, _, high, _, slot = empty_planes(new, rows, columns, 0, TOKENS, False)
+    scale, chosen = new.float32(rows), options("mixed_rows", TOKENS)
+    groups = triton.next_power_of_2(slot.shape[1])
     part, warps = max(1, chosen["PART"] // groups), chosen["num_warps"] * max(1, groups // chosen["PART"])
     with on(x):
         mixed_rows[(blocks_along(rows, part),)](
-            x, low, slot, scale, plain_scale, rows, columns, x.stride(0),
+            x, low, slot, scale, rows, columns, x.stride(0),
             GROUPS=groups, **chosen | {"PART": part, "num_warps": warps},
         )  # fmt: skip
-
-
-def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W for the forward with its features mixed, and its scales as it is: `hadamard_reference.quantize_weight_mixed`.
-
-    One read where columns are adjacent and rows have at most `plain_rows.MAX_COLUMNS`; several otherwise.
-
-    Args:
-        weight: bfloat16, float16, float32 or float64 ``[N, K]``, any strides; fast if columns are adjacent.
-        block: Block edge: 32, 64 or 128.
-        transposed: Whether to write ``low_t``, in another read.
-
-    Returns:
-        ``low`` int8 ``[N, K']``, ``scale`` float32 ``[N]``, ``plain_scale`` float32 ``[N]`` and ``low_t`` int8
-        ``[K, NB·B]`` (empty unless ``transposed``); the same bits in every run.
-    """
-    weight, rows, columns, _, _ = check(weight, block)
-    new = Allocator(weight.device)
-    if has_whole_rows(weight):
-        low = new.int8(rows, padded(columns, TOKENS))
-        scale, plain_scale = new.float32(rows), new.float32(rows)
-        quantize_whole_rows(weight, low, None, scale, plain_scale)
-    else:
-        low, *_, scale, _ = quantize_row(mix_features(weight), None, 0, 0.0, 0, block, False, False)
-        plain_scale = quantize_row(weight, None, 0, 0.0, 0, block, False, False)[5]
-    low_t = transposed_integers(weight, plain_scale, block) if transposed else new.int8(0)
-    return low, scale, plain_scale, low_t
+    return low, high, slot, scale

@@ -1,13 +1,14 @@
-"""X quantized by rows with its features mixed, and for the wgrad with its tokens mixed, in two reads for both.
+"""X, W or dY quantized by rows with its features mixed, and by columns with its tokens mixed, in two reads for both.
 
-As `hadamard_fused`, of blocks of 128: one kernel of the first read finds both AbsMax, one of the second writes both
-planes. A tile is transformed along its features, and, read again from a cache, along its tokens. Without a wgrad the
-same kernels leave that out, or, where nothing can fall back, one read does. Other blocks and wider elements than 16
-bits are mixed first and quantized afterwards.
+Of blocks of 128, each of which has the rows and columns that one transform mixes, one kernel of the first read finds
+both AbsMax, and one of the second writes both planes. A tile is transformed along its features and, read again from a
+cache, along its tokens. Rows alone leave that out, or, where nothing can fall back, are read once. Other blocks and
+wider elements than 16 bits are mixed first and quantized afterwards.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,14 +30,15 @@ from lightning_int8.kernels.hadamard_features import (
     mix_features,
     quantize_whole_rows,
 )
-from lightning_int8.kernels.hadamard_fused import _B, _by_rows, _fits
+from lightning_int8.kernels.hadamard_ops import TOKENS
 from lightning_int8.kernels.integers import _high_byte, inverse_scales, place
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.quantize import MatrixStatistics, quantize_row, select_rows
 from lightning_int8.kernels.quantize_launch import Allocator, check, empty_planes, on, options, parts
 from lightning_int8.kernels.statistics import _PLAIN_WEIGHT
-from lightning_int8.kernels.swiglu import activation
+
+_B = tl.constexpr(TOKENS)
 
 
 @triton.jit
@@ -60,7 +62,8 @@ def mixed_statistics(
     amax,  # int32 [QB, R], of the rows, their features transformed
     weight,  # float32 [QB, R], or None
     block_amax,  # int32 [RB, QB], or None
-    token_amax,  # int32 [RB, Q], of the columns, their tokens transformed, or None
+    amax_t,  # int32 [RB, Q], of the columns, their tokens transformed, or None
+    sums,  # float32 [RB, Q], of the columns, or None; only with amax_t
     rows,
     columns,
     stride_r,
@@ -80,11 +83,15 @@ def mixed_statistics(
         largest = tl.maximum(largest, by_row)
     if block_amax is not None:
         tl.store(block_amax + pid, tl.max(largest, 0))
-    if token_amax is not None:
+    if amax_t is not None:
         for start in range(0, _B, PART):
             column = column_block * _B + start
             tile = _load_operand(x, None, row_block, column, rows, columns, stride_r, stride_c, PART)
-            store_largest(tile, token_amax, row_block, column, columns)
+            if sums is not None:
+                c = column + tl.arange(0, PART)
+                at = sums + row_block.to(tl.int64) * columns + c
+                tl.store(at, tl.sum(tile.to(tl.float32), 0), mask=c < columns)
+            store_largest(tile, amax_t, row_block, column, columns)
 
 
 @CachedLaunch
@@ -132,7 +139,7 @@ def mixed_planes(
         store_transformed(tile, factor_t, low_t, row_block, column, rows, columns)
 
 
-def quantize_row_mixed(
+def quantize_mixed(
     x: Tensor,
     state: Tensor | None,
     operand: int,
@@ -140,61 +147,60 @@ def quantize_row_mixed(
     capacity: int,
     block: int,
     update: bool,
-    wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X for the forward with its features mixed, and for the wgrad: see `hadamard_reference.quantize_row_mixed`.
+    columns: bool,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both operands of X, W or dY: see `hadamard_reference.quantize_mixed`.
 
-    Takes what `quantize.quantize_row` takes, and has the same bits in every run.
-
-    Returns:
-        ``low``, ``high``, ``slot`` and ``scale`` by rows; ``low_t`` and its ``scale`` for the wgrad, to the bit those
-        of `hadamard.quantize_hadamard`, or empty.
+    Takes what `quantize.quantize_row` takes, and has the same bits in every run; the columns' are to the bit those of
+    `hadamard.quantize_hadamard`.
     """
-    x, rows, columns, row_blocks, column_blocks = check(x, block)
+    x, *_ = check(x, block)
     new = Allocator(x.device)
-    if not _fits(x, block):
-        planes = quantize_row(mix_features(x), state, operand, seed_rate, capacity, block, update, False)
-        transformed = quantize_hadamard(x, None, block) if wgrad else (new.int8(0), new.float32(0))
-        return *_by_rows(planes), *transformed
-    low, _, high, _, slot = empty_planes(new, rows, columns, capacity, block, False)
-    scale = new.float32(rows)
-    if capacity == 0 and not wgrad and has_whole_rows(x):
-        quantize_whole_rows(x, low, slot, scale, None)
-        return low, high, slot, scale, new.int8(0), new.float32(0)
-    # The contraction is over all columns of `low`: no transformed feature is padding.
-    statistics = MatrixStatistics.empty(low, capacity, block)
-    token_amax = new.int32(row_blocks, columns) if wgrad else None
-    low_t, token_scale, inverse = None, new.float32(0), None
-    with on(x):
-        mixed_statistics[(row_blocks * column_blocks,)](
-            x, *statistics, token_amax, rows, columns, *x.stride(), **options("mixed_statistics", block)
+    in_one_read = capacity == 0 and block == TOKENS and has_whole_rows(x)
+    if block == TOKENS and x.numel() > 0 and x.element_size() == 2 and (columns or not in_one_read):
+        return _in_two_reads(x, state, operand, seed_rate, capacity, update, columns, sums)
+    if in_one_read:
+        rows = quantize_whole_rows(x)
+    else:
+        low, _, high, _, slot, scale, _ = quantize_row(
+            mix_features(x), state, operand, seed_rate, capacity, block, update, False
         )
-        select_rows(low, statistics, state, operand, seed_rate, capacity, block, update, slot, scale, None)
-        if token_amax is not None:
-            token_scale, inverse = scales_from(token_amax, block)
-            low_t = new.int8(columns, padded(rows, block))
-        mixed_planes[parts("mixed_planes", row_blocks * column_blocks, block)](
-            x, scale, slot if capacity > 0 else None, low, high, inverse, low_t, rows, columns, *x.stride(),
-            **options("mixed_planes", block),
-        )  # fmt: skip
-    return low, high, slot, scale, new.int8(0) if low_t is None else low_t, token_scale
+        rows = low, high, slot, scale
+    of_columns = quantize_hadamard(x, None, block) if columns else (new.int8(0), new.float32(0))
+    return *rows, *of_columns, x.sum(0, dtype=torch.float32) if sums else new.float32(0)
 
 
-def swiglu_row_mixed(
-    gate: Tensor,
-    up: Tensor,
+def _in_two_reads(
+    x: Tensor,
     state: Tensor | None,
     operand: int,
     seed_rate: float,
     capacity: int,
-    block: int,
     update: bool,
-    wgrad: bool,
+    columns: bool,
+    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h = silu(gate)·up``, and what `quantize_row_mixed` makes of it; takes what `swiglu.swiglu_row` takes.
-
-    Returns:
-        ``h``, then the six tensors of `quantize_row_mixed`.
-    """
-    h = activation(gate, up, block)
-    return h, *quantize_row_mixed(h, state, operand, seed_rate, capacity, block, update, wgrad)
+    """`quantize_mixed` of 16-bit elements and blocks of 128; ``sums`` in a fixed order."""
+    height, width = x.shape
+    new = Allocator(x.device)
+    low, _, high, _, slot = empty_planes(new, height, width, capacity, TOKENS, False)
+    scale, low_t, scale_t, inverse = new.float32(height), new.int8(0), new.float32(0), None
+    # The contraction is over all columns of `low`: no transformed feature is padding.
+    statistics = MatrixStatistics.empty(low, capacity, TOKENS)
+    amax_t = new.int32(slot.shape[0], width) if columns else None
+    partial = new.float32(slot.shape[0], width) if sums else None
+    total = new.float32(width if sums else 0)
+    with on(x):
+        mixed_statistics[(slot.numel(),)](
+            x, *statistics, amax_t, partial, height, width, *x.stride(), **options("mixed_statistics", TOKENS)
+        )
+        select_rows(low, statistics, state, operand, seed_rate, capacity, TOKENS, update, slot, scale, None)
+        if amax_t is not None:
+            scale_t, inverse = scales_from(amax_t, TOKENS, partial, total)
+            low_t = new.int8(width, padded(height, TOKENS))
+        mixed_planes[parts("mixed_planes", slot.numel(), TOKENS)](
+            x, scale, slot if capacity > 0 else None, low, high, inverse, low_t if columns else None, height, width,
+            *x.stride(), **options("mixed_planes", TOKENS),
+        )  # fmt: skip
+    return low, high, slot, scale, low_t, scale_t, total

@@ -1,16 +1,14 @@
-"""The ground truth of Hadamard transforms: over tokens, for the wgrad, and over features, for the forward.
+"""The ground truth of operands whose contraction a Hadamard transform has mixed.
 
 ``dW = dYᵀ X`` is a sum over tokens, so an orthogonal transform of the tokens, the same for dY and X, leaves it as it
 is: ``(R dY)ᵀ (R X) = dYᵀ X``. Each value of ``R x`` holds a share of 128 tokens, large and small ones, so that one
 scale a feature and 8 bits are enough without fallback.
 
 ``Y = X Wᵀ`` is a sum over in-features, and the same holds for them: ``(X Rᵀ) (W Rᵀ)ᵀ = X Wᵀ``. A feature with large
-values is spread over 128 of them in each token.
+values is spread over 128 of them in each token. ``dX = dY W`` is one over out-features: ``(dY Rᵀ) (R W)``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +16,7 @@ from torch.nn import functional as F
 
 from lightning_int8.kernels.hadamard_ops import TOKENS, padded_tokens
 from lightning_int8.kernels.planes import INT8_MAX, MIN_SCALE, padded
-from lightning_int8.kernels.reference import _over, quantize_row, quantize_row_gradient
-from lightning_int8.kernels.swiglu_reference import swiglu_row
+from lightning_int8.kernels.reference import _over, quantize_row
 
 
 def signs(device: torch.device) -> Tensor:
@@ -46,7 +43,7 @@ def transform(x: Tensor) -> Tensor:
 
 
 def mix_features(x: Tensor) -> Tensor:
-    """``x Rᵀ``: X or W as the forward contracts over its features, to be quantized by rows.
+    """``x Rᵀ``: X, W or dY as a GEMM contracts over its features, to be quantized by rows.
 
     Columns are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
     A kernel may take the float32 sums in another order.
@@ -64,7 +61,7 @@ def mix_features(x: Tensor) -> Tensor:
 
 
 def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Quantizes ``R x`` to 8 bits with one scale a column over all tokens: X or dY as the wgrad's operand.
+    """Quantizes ``R x`` to 8 bits with one scale a column over all rows: X or dY for the wgrad, or W for the dgrad.
 
     Rows are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
     Products of two such operands cannot overflow INT32 up to ``planes.MAX_WGRAD_TOKENS`` tokens.
@@ -92,34 +89,7 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     return q.t().clone(memory_format=torch.contiguous_format), scale
 
 
-def quantize_row_hadamard(
-    x: Tensor, state: Tensor | None, operand: int, seed_rate: float, capacity: int, block: int, update: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.quantize_row` without transposed planes, for the forward, and `quantize_hadamard`, for the wgrad.
-
-    Returns:
-        ``low``, ``high``, ``slot`` and ``scale`` of the one, ``low_t`` and ``scale`` of the other.
-    """
-    low, _, high, _, slot, scale, _ = quantize_row(x, state, operand, seed_rate, capacity, block, update, False)
-    return low, high, slot, scale, *quantize_hadamard(x, None, block)
-
-
-def swiglu_row_hadamard(
-    gate: Tensor,
-    up: Tensor,
-    state: Tensor | None,
-    operand: int,
-    seed_rate: float,
-    capacity: int,
-    block: int,
-    update: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h`` of `swiglu_reference.swiglu_row`, and `quantize_row_hadamard` of it."""
-    h, low, _, high, _, slot, scale, _ = swiglu_row(gate, up, state, operand, seed_rate, capacity, block, update, False)
-    return h, low, high, slot, scale, *quantize_hadamard(h, None, block)
-
-
-def quantize_row_mixed(
+def quantize_mixed(
     x: Tensor,
     state: Tensor | None,
     operand: int,
@@ -127,75 +97,32 @@ def quantize_row_mixed(
     capacity: int,
     block: int,
     update: bool,
-    wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.quantize_row` of `mix_features`, for the forward, and `quantize_hadamard` of ``x``, for the wgrad.
+    columns: bool,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both operands of X, W or dY: `reference.quantize_row` of `mix_features`, and `quantize_hadamard`.
 
     The transformed features are quantized from float32. Scales differ between kernels by up to about 1e-6 of
     themselves, and integers by one where a value lies that near to a tie.
 
+    Args:
+        x: float ``[R, Q]``, any strides.
+        state: As `reference.quantize_row` takes it, as are those up to ``update``; thresholds and blocks are of
+            transformed features.
+        operand: See there.
+        seed_rate: See there.
+        capacity: See there.
+        block: See there.
+        update: See there.
+        columns: Whether to make the operand of the columns.
+        sums: Whether to sum up ``x`` over its rows: the bias gradient, where it is dY. Only with ``columns``.
+
     Returns:
-        ``low``, ``high``, ``slot`` and ``scale`` of the one; ``low_t`` and ``scale`` of the other, or empty unless
-        ``wgrad``.
+        ``low`` int8 ``[R, Q']``, ``high``, ``slot`` and ``scale`` float32 ``[R]`` of the rows, ``Q'`` being ``Q``
+        rounded up to 128 and to ``block``; ``low_t`` and ``scale_t`` of the columns, empty unless ``columns``; and the
+        sums, float32 ``[Q]``, empty unless ``sums``.
     """
     mixed = mix_features(x)
     low, _, high, _, slot, scale, _ = quantize_row(mixed, state, operand, seed_rate, capacity, block, update, False)
-    if wgrad:
-        return low, high, slot, scale, *quantize_hadamard(x, None, block)
-    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0)
-
-
-def swiglu_row_mixed(
-    gate: Tensor,
-    up: Tensor,
-    state: Tensor | None,
-    operand: int,
-    seed_rate: float,
-    capacity: int,
-    block: int,
-    update: bool,
-    wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h = silu(gate)·up`` in the dtype of ``gate``, and `quantize_row_mixed` of it."""
-    h = F.silu(gate) * up
-    return h, *quantize_row_mixed(h, state, operand, seed_rate, capacity, block, update, wgrad)
-
-
-def quantize_weight_mixed(weight: Tensor, block: int, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W for the forward with its features mixed, and for the dgrad as it is, both without fallback.
-
-    Args:
-        weight: float ``[N, K]``, any strides.
-        block: Block edge.
-        transposed: Whether the integers for the dgrad are wanted, and not their scales alone.
-
-    Returns:
-        ``low`` int8 ``[N, K']`` and ``scale`` float32 ``[N]`` of `reference.quantize_row` of `mix_features`;
-        ``plain_scale`` float32 ``[N]`` and ``low_t`` int8 ``[K, NB·B]`` of `reference.quantize_row` of ``weight``,
-        ``low_t`` empty unless ``transposed``.
-    """
-    low, *_, scale, _ = quantize_row(mix_features(weight), None, 0, 0.0, 0, block, False, False)
-    _, low_t, _, _, _, plain_scale, _ = quantize_row(weight, None, 0, 0.0, 0, block, False, transposed)
-    return low, scale, plain_scale, low_t
-
-
-def quantize_row_gradient_hadamard(
-    dy: Tensor,
-    weight_scale: Tensor,
-    state: Tensor | None,
-    seed_rate: float,
-    capacity: int,
-    block: int,
-    update: bool,
-    bias: bool,
-    statistics: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A of `reference.quantize_row_gradient`, to nearest, for the dgrad, and `quantize_hadamard`, for the wgrad.
-
-    Returns:
-        A's ``low``, ``high``, ``slot`` and ``scale``, ``dbias``, ``low_t`` and ``scale`` of the other.
-    """
-    low, high, slot, scale, *_, dbias = quantize_row_gradient(
-        dy, weight_scale, None, None, state, seed_rate, capacity, block, update, "nothing", bias, statistics
-    )
-    return low, high, slot, scale, dbias, *quantize_hadamard(dy, None, block)
+    low_t, scale_t = quantize_hadamard(x, None, block) if columns else (low.new_empty(0), scale.new_empty(0))
+    return low, high, slot, scale, low_t, scale_t, x.sum(0, dtype=torch.float32) if sums else scale.new_empty(0)

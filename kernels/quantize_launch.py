@@ -38,9 +38,6 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     # Not pipelined, so that what a program reads twice comes from L1 the second time.
     "mixed_statistics": {128: {"num_warps": 8, "PART": 64, "num_stages": 1}},
     "mixed_planes": {128: {"num_warps": 8, "PART": 64}},
-    # Blocks of one transform's rows only.
-    "row_hadamard_statistics": {128: {"num_warps": 8}},
-    "row_hadamard_planes": {128: {"num_warps": 8, "PART": 64}},
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }
 

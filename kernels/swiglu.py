@@ -234,14 +234,17 @@ def swiglu_row(
         ``h [R, Q]`` in ``gate``'s dtype, then the seven tensors of `quantize_row`.
     """
     statistics = MatrixStatistics.empty(gate, capacity, block)
-    h = activation(gate, up, block, statistics)
+    h = _activation(gate, up, block, statistics)
     return h, *row_from_statistics(h, statistics, state, operand, seed_rate, capacity, block, update, transpose)
 
 
-def activation(
-    gate: Tensor, up: Tensor, block: int, statistics: Sequence[Tensor | None] = (None, None, None)
-) -> Tensor:
-    """``h = silu(gate)·up`` of what `swiglu_row` takes; writes those of its ``statistics`` that are not ``None``."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``h = silu(gate)·up`` ``[R, Q]``, as PyTorch rounds it, of what `swiglu_row` takes."""
+    return _activation(gate, up, 128, (None, None, None))
+
+
+def _activation(gate: Tensor, up: Tensor, block: int, statistics: Sequence[Tensor | None]) -> Tensor:
+    """``h`` of `swiglu_row`; writes those of its ``statistics`` that are not ``None``."""
     gate, up = _inputs(block, gate, up)
     h = torch.empty_like(gate)
     with on(h):

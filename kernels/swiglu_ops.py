@@ -39,6 +39,17 @@ def _writing_over(gradient: Callable[..., Any]) -> Callable[..., Any]:
     return over
 
 
+@_define("swiglu")
+def swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    """See :func:`lightning_int8.kernels.swiglu_reference.swiglu`."""
+    return _implementation(backend, "swiglu")(gate, up)
+
+
+@_fake("swiglu")
+def _(gate, up, backend):
+    return gate.new_empty(gate.shape)
+
+
 @_define("swiglu_row", mutates=["state"])
 def swiglu_row(
     gate: Tensor,

@@ -9,6 +9,11 @@ from torch.nn import functional as F
 from lightning_int8.kernels.reference import _gather_blocks, _transposed, quantize_row, row_integers, split_bytes
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``h = silu(gate)·up`` ``[R, Q]`` in the dtype of ``gate``."""
+    return F.silu(gate) * up
+
+
 def swiglu_row(
     gate: Tensor,
     up: Tensor,
@@ -20,8 +25,8 @@ def swiglu_row(
     update: bool,
     transpose: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h = silu(gate)·up`` ``[R, Q]`` in the dtype of ``gate``, and what `reference.quantize_row` makes of it."""
-    h = F.silu(gate) * up
+    """``h`` of `swiglu`, and what `reference.quantize_row` makes of it."""
+    h = swiglu(gate, up)
     return h, *quantize_row(h, state, operand, seed_rate, capacity, block, update, transpose)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.kernels import ops, swiglu_ops
-from lightning_int8.kernels.hadamard_ops import quantize_hadamard, quantize_mixed, quantize_mixed_rows
+from lightning_int8.kernels.hadamard_ops import quantize_hadamard, quantize_mixed
 from lightning_int8.kernels.planes import QuantizedMatrix
 from lightning_int8.operands import BlockFallback, QuantizedGradient, QuantizedInput, QuantizedWeight
 
@@ -38,13 +38,10 @@ class HadamardScheme(BlockFallback):
         self, x: Tensor, state: Tensor | None, update: bool, columns: bool, backend: str
     ) -> QuantizedInput:
         rate, capacity = self._fallback(x, self.recipe.activation_band)
-        if columns:
-            *rows, low_t, scale_t, _ = quantize_mixed(
-                x, state, 0, rate, capacity, self.block, update, False, backend
-            )
-            return QuantizedInput(self._rows(rows, capacity), (low_t, scale_t))
-        rows = quantize_mixed_rows(x, state, 0, rate, capacity, self.block, update, backend)
-        return QuantizedInput(self._rows(rows, capacity), ())
+        *rows, low_t, scale_t, _ = quantize_mixed(
+            x, state, 0, rate, capacity, self.block, update, columns, False, backend
+        )
+        return QuantizedInput(self._rows(rows, capacity), (low_t, scale_t) if columns else ())
 
     def _rows(self, planes: Sequence[Tensor], capacity: int) -> QuantizedMatrix:
         low, high, slot, scale = planes
@@ -65,26 +62,23 @@ class HadamardScheme(BlockFallback):
         return quantize_hadamard(gate, up, self.block, backend)
 
     def quantize_weight(self, weight, dgrad, backend):
-        if not dgrad:
-            rows = quantize_mixed_rows(weight, None, 0, 0.0, 0, self.block, False, backend)
-            return QuantizedWeight(self._rows(rows, 0))
-        *rows, low_t, scale_t, _ = quantize_mixed(weight, None, 0, 0.0, 0, self.block, False, False, backend)
-        return QuantizedWeight(self._rows(rows, 0), self._columns(low_t, scale_t))
+        *rows, low_t, scale_t, _ = quantize_mixed(weight, None, 0, 0.0, 0, self.block, False, dgrad, False, backend)
+        return QuantizedWeight(self._rows(rows, 0), self._columns(low_t, scale_t) if dgrad else None)
 
     def quantize_weight_for_dgrad(self, weight, scale, backend):
         return QuantizedWeight(None, self._columns(*quantize_hadamard(weight, None, self.block, backend)))
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
-        rate, capacity = self._fallback(dy, self.recipe.gradient_band)
         dgrad = wgrad = dbias = None
-        if weight is not None and saved:
+        if weight is not None:
+            rate, capacity = self._fallback(dy, self.recipe.gradient_band)
+            columns = bool(saved)
             *rows, low_t, scale_t, sums = quantize_mixed(
-                dy, state, 1, rate, capacity, self.block, update, bias, backend
+                dy, state, 1, rate, capacity, self.block, update, columns, columns and bias, backend
             )
-            dgrad, wgrad, dbias = self._rows(rows, capacity), self._columns(low_t, scale_t), sums if bias else None
-        elif weight is not None:
-            rows = quantize_mixed_rows(dy, state, 1, rate, capacity, self.block, update, backend)
             dgrad = self._rows(rows, capacity)
+            if columns:
+                wgrad, dbias = self._columns(low_t, scale_t), sums if bias else None
         elif saved:
             wgrad = self._columns(*quantize_hadamard(dy, None, self.block, backend))
         if bias and dbias is None:

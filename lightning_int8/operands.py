@@ -6,7 +6,6 @@ quantization must keep for the backward is a tuple of tensors, so that autograd 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch

@@ -48,9 +48,9 @@ class Int8Recipe:
     """How one linear layer's three GEMMs are quantized.
 
     Args:
-        scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction (this project's). ``"block"``: one per ``block_size``² block (arXiv
-            2503.08040). ``"vector"``: one per row, both operands quantized again for each GEMM (LLM.int8(), arXiv
-            2208.07339).
+        scaling: Where the scales lie. ``"row"``: one scale per row along the whole contraction (this project's).
+            ``"block"``: one per ``block_size``² block (arXiv 2503.08040). ``"vector"``: one per row, both operands
+            quantized again for each GEMM (LLM.int8(), arXiv 2208.07339).
         block_size: Edge of the square blocks that fall back (and, for ``"block"``, share a scale). A multiple of 16
             from 16 to 256.
         activation_band: Lowest and highest fraction of X's blocks that may fall back to 16 bits before the threshold

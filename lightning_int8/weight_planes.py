@@ -36,8 +36,7 @@ def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
     return [
         child
         for child in module.modules()
-        if isinstance(child, Int8Linear)
-        and (child.int8_recipe.forward or child.int8_recipe.dgrad)
+        if isinstance(child, Int8Linear) and (child.int8_recipe.forward or child.int8_recipe.dgrad)
     ]
 
 

@@ -15,7 +15,6 @@ import torch
 from lightning_int8.kernels import (
     hadamard,
     hadamard_features,
-    hadamard_fused,
     hadamard_mixed,
     power_sums,
     quantize,
@@ -42,16 +41,17 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
     hadamard.quantize_hadamard(x, None, block)
-    hadamard_features.quantize_weight_mixed(x, block, False)
-    hadamard_mixed.quantize_row_mixed(x, state, 0, 0.2, capacity, block, True, True)
-    hadamard_mixed.quantize_row_mixed(x, state, 0, 0.2, capacity, block, True, False)
-    hadamard_fused.quantize_row_hadamard(x, state, 0, 0.2, capacity, block, True)
-    hadamard_fused.quantize_row_gradient_hadamard(x, t, state, 0.2, capacity, block, True, True)
+    hadamard_features.mix_features(x)
+    hadamard_mixed.quantize_mixed(x, state, 0, 0.2, capacity, block, True, True, True)
+    hadamard_mixed.quantize_mixed(x, state, 0, 0.2, capacity, block, True, False, False)
+    hadamard_mixed.quantize_mixed(x, state, 0, 0.0, 0, block, False, False, False)
     if dtype is not torch.float64 and not transposed:
         swiglu.swiglu_row(x, x, state, 0, 0.2, capacity, block, True, True)
         slot = torch.empty(-(-rows // block), -(-columns // block), dtype=torch.int32)
         swiglu_planes.swiglu_planes(x, x, s, slot, capacity, block)
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
+        swiglu.swiglu_gradient(x, x, x, None, None, None, None, 0, block, False)
+        swiglu.swiglu(x, x)
         hadamard.quantize_hadamard(x, x, block)
 
 

@@ -245,44 +245,23 @@ else:
         equal(hadamard_ops._implementation(backend, "quantize_hadamard"), arguments)
 
     @pytest.mark.parametrize("backend", NATIVE)
-    @pytest.mark.parametrize(("block", "wgrad"), [(128, True), (128, False), (BLOCK, True)])
-    def test_mixed_features(backend, block, wgrad):
-        rest = 0, 0.2, 3, block, True, wgrad
+    # Both in two reads, with and without fallback; rows alone, in two reads and in one; mixed first.
+    @pytest.mark.parametrize(
+        ("block", "capacity", "columns"),
+        [(128, 3, True), (128, 0, True), (128, 3, False), (128, 0, False), (32, 3, True)],
+    )
+    def test_mixed(backend, block, capacity, columns):
+        def arguments(seed):
+            x = matrix(seed, 5, COLUMNS)
+            if capacity > 0:
+                x = x.t().contiguous().t()
+            return x, thresholds(), 0, 0.2, capacity, block, True, columns, columns and block == 128
 
-        def forward(seed):
-            return matrix(seed, 5, COLUMNS).t().contiguous().t(), thresholds(), *rest
-
-        def activation(seed):
-            return matrix(seed, 5, COLUMNS), matrix(seed + 9, 5, COLUMNS), thresholds(), *rest
-
-        def weight(seed):
-            return matrix(seed, FEATURES, COLUMNS, torch.float32), block, wgrad
-
-        def implementation(name):
-            return hadamard_ops._implementation(backend, name)
-
-        equal(implementation("quantize_row_mixed"), forward, undefined=(1,), written=1)
-        equal(implementation("swiglu_row_mixed"), activation, undefined=(2,), written=2)
-        equal(implementation("quantize_weight_mixed"), weight)
+        equal(hadamard_ops._implementation(backend, "quantize_mixed"), arguments, undefined=(1,), written=1)
 
     @pytest.mark.parametrize("backend", NATIVE)
-    def test_hadamard_beside_rows(backend):
-        # Fused in blocks of 128 only.
-        rest = 0.2, 3, 128, True
+    def test_activation(backend):
+        def arguments(seed):
+            return matrix(seed, 5, COLUMNS), matrix(seed + 9, 5, COLUMNS)
 
-        def forward(seed):
-            return matrix(seed, 5, COLUMNS), thresholds(), 0, *rest
-
-        def activation(seed):
-            return matrix(seed, 5, COLUMNS), matrix(seed + 9, 5, COLUMNS), thresholds(), 0, *rest
-
-        def gradient(seed):
-            t = matrix(seed, COLUMNS, 1, torch.float32).abs().flatten()
-            return matrix(seed, 5, COLUMNS), t, thresholds(), *rest, True, []
-
-        def implementation(name):
-            return hadamard_ops._implementation(backend, name)
-
-        equal(implementation("quantize_row_hadamard"), forward, undefined=(1,), written=1)
-        equal(implementation("swiglu_row_hadamard"), activation, undefined=(2,), written=2)
-        equal(implementation("quantize_row_gradient_hadamard"), gradient, undefined=(1,), written=2)
+        equal(swiglu_ops._implementation(backend, "swiglu"), arguments)

@@ -1,4 +1,4 @@
-"""The kernels that mix features against their references: W, and X for the forward and the wgrad in two reads.
+"""The kernels that mix rows and columns against their references: both in two reads, and rows alone.
 
 Without a GPU they run in Triton's interpreter, in a process of its own: see `interpreter`.
 """
@@ -21,21 +21,18 @@ INTERPRETED = interpreting(__file__)
 
 
 @pytest.mark.parametrize("capacity", [0, 2])
-@pytest.mark.parametrize("wgrad", [False, True])
+@pytest.mark.parametrize(("columns", "sums"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("block", [48, 128])
-def test_tracing_sees_the_same(capacity, wgrad, block):
+def test_tracing_sees_the_same(capacity, columns, sums, block):
     x, state = torch.randn(70, 150), torch.zeros(3, 5)
-    rest = 0.2, capacity, block, True, wgrad, "reference"
-    ops = torch.ops.lightning_int8
-    torch.library.opcheck(ops.quantize_row_mixed, (x, state, 0, *rest))
-    torch.library.opcheck(ops.swiglu_row_mixed, (x, x, state, 0, *rest))
-    torch.library.opcheck(ops.quantize_weight_mixed, (x, block, wgrad, "reference"))
+    rest = 0.2, capacity, block, True, columns, sums, "reference"
+    torch.library.opcheck(torch.ops.lightning_int8.quantize_mixed, (x, state, 0, *rest))
 
 
 def test_counts_once_under_checkpointing():
     def blocks(x: Tensor) -> Tensor:
-        hadamard_ops.quantize_row_mixed(x.detach(), state, 0, 0.2, 2, 128, True, True, "reference")
-        hadamard_ops.swiglu_row_mixed(x.detach(), x.detach(), state, 1, 0.2, 2, 128, True, False, "reference")
+        hadamard_ops.quantize_mixed(x.detach(), state, 0, 0.2, 2, 128, True, True, True, "reference")
+        hadamard_ops.quantize_mixed(x.detach(), state, 1, 0.2, 2, 128, True, False, False, "reference")
         counted.append(_may_count())
         return x * x
 
@@ -53,8 +50,7 @@ if not INTERPRETED and not torch.cuda.is_available():
         run_interpreted(__file__)
 
 else:
-    from lightning_int8.kernels import hadamard, hadamard_features, hadamard_mixed, hadamard_reference
-    from lightning_int8.kernels.quantize import quantize_row
+    from lightning_int8.kernels import hadamard, hadamard_mixed, hadamard_reference
 
     DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     FAULTY = "rows of zeros, NaN and infinities"
@@ -117,45 +113,35 @@ else:
         ]
 
     @pytest.mark.parametrize(("shape", "dtype", "block", "kind", "threshold", "capacity"), CASES)
-    def test_x(shape, dtype, block, kind, threshold, capacity):
+    def test_both_operands(shape, dtype, block, kind, threshold, capacity):
         x = tensor(shape, dtype, kind)
         states: list[Tensor | None] = [None] * 3
         if threshold is not None:
             states = [torch.tensor([[threshold, 3.0, 9.0, 0.25, 0.0]]).to(DEVICE) for _ in range(3)]
         rest = 0, 0.3, capacity, block, True
-        wanted = hadamard_reference.quantize_row_mixed(x, states[0], *rest, False)
+        *wanted, _, _, sums = hadamard_reference.quantize_mixed(x, states[0], *rest, True, True)
         with checked():
-            *got, low_t, scale_t = hadamard_mixed.quantize_row_mixed(x, states[1], *rest, True)
-            *alone, empty, no_scale = hadamard_mixed.quantize_row_mixed(x, states[2], *rest, False)
-        assert_near(wanted[:4], got)
-        assert empty.numel() == no_scale.numel() == 0
+            *got, low_t, scale_t, got_sums = hadamard_mixed.quantize_mixed(x, states[1], *rest, True, True)
+            *alone, empty, no_scale, no_sums = hadamard_mixed.quantize_mixed(x, states[2], *rest, False, False)
+        assert_near(wanted, got)
+        assert empty.numel() == no_scale.numel() == no_sums.numel() == 0
         fallen = int((got[2] >= 0).sum())
         for a, b in zip(got, alone, strict=True):
             a, b = (t[:fallen] if t.dim() == 3 else t for t in (a, b))
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         for a, b in zip(hadamard.quantize_hadamard(x, None, block), (low_t, scale_t), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        finite = sums.isfinite()
+        assert torch.equal(finite, got_sums.isfinite())
+        atol = 1e-5 * float(x.float().nan_to_num(0.0, 0.0, 0.0).abs().max())
+        torch.testing.assert_close(got_sums[finite], sums[finite], rtol=1e-5, atol=atol)
         for a, b in itertools.pairwise(states):
             if a is not None:
                 torch.testing.assert_close(b, a, rtol=5e-6, atol=0)
 
-    @pytest.mark.parametrize(("block", "wgrad"), [(32, True), (128, False), (128, True)])
-    def test_an_activation(block, wgrad):
-        shape = (130, 140) if block == 128 else (40, 35)
-        gate, up = (tensor(shape, torch.float16, "plain") * f for f in (1, 0.5))
-        rest = 0, 0.4, 3, block, True, wgrad
-        with checked():
-            h, *got = hadamard_mixed.swiglu_row_mixed(gate, up, None, *rest)
-            wanted = hadamard_mixed.quantize_row_mixed(h, None, *rest)
-        # The interpreter's exp is another than PyTorch's.
-        torch.testing.assert_close(h, torch.nn.functional.silu(gate) * up, rtol=0.01, atol=0.01)
-        fallen = int((got[2] >= 0).sum())
-        for a, b in zip(wanted, got, strict=True):
-            assert torch.equal(*(t[:fallen] if t.dim() == 3 else t for t in (a, b)))
-
     # Several rows a program; rows of an odd number of groups, and longer ones than a program has columns otherwise;
     # what is mixed first.
-    WEIGHTS = [
+    ROWS = [
         ((7, 100), torch.float32, 128, FAULTY),
         ((9, 384), torch.bfloat16, 32, "plain"),
         ((3, 8200), torch.float16, 128, "huge"),
@@ -163,32 +149,28 @@ else:
         ((40, 70), torch.float32, 32, "transposed"),
     ]
     if not INTERPRETED:
-        WEIGHTS += [
+        ROWS += [
             (shape, dtype, 128, kind)
             for shape in ((1000, 4096), (333, 14336), (200, 577), (64, 16384), (5, 20000))
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for kind in ("plain", FAULTY, "transposed", "huge")
         ]
 
-    @pytest.mark.parametrize(("shape", "dtype", "block", "kind"), WEIGHTS)
-    def test_w(shape, dtype, block, kind):
-        weight, transposed = tensor(shape, dtype, kind), kind != "huge"
-        low, scale, plain_scale, low_t = hadamard_reference.quantize_weight_mixed(weight, block, transposed)
+    @pytest.mark.parametrize(("shape", "dtype", "block", "kind"), ROWS)
+    def test_rows_without_fallback(shape, dtype, block, kind):
+        weight = tensor(shape, dtype, kind)
+        rest = None, 0, 0.0, 0, block, False, False, False
+        wanted = hadamard_reference.quantize_mixed(weight, *rest)
         with checked():
-            got_low, got_scale, got_plain, got_low_t = hadamard_features.quantize_weight_mixed(
-                weight, block, transposed
-            )
-        no_slot = torch.full((1, 1), -1)
-        assert_near((low, low[:0], no_slot, scale), (got_low, got_low[:0], no_slot, got_scale))
-        of_rows = quantize_row(weight, None, 0, 0.0, 0, block, False, transposed)
-        for a, b, c in ((low_t, got_low_t, of_rows[1]), (plain_scale, got_plain, of_rows[5])):
-            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
-            torch.testing.assert_close(c, b, rtol=0, atol=0, equal_nan=True)
+            got = hadamard_mixed.quantize_mixed(weight, *rest)
+        assert_near(wanted[:4], got[:4])
+        assert all(t.numel() == 0 for t in got[4:])
 
     @pytest.mark.parametrize("shape", [(0, 3), (0, 300)])
     def test_nothing_to_quantize(shape):
         x = torch.ones(shape)
-        wanted = hadamard_reference.quantize_row_mixed(x, None, 0, 0.2, 0, 128, True, True)
-        got = hadamard_mixed.quantize_row_mixed(x.to(DEVICE), None, 0, 0.2, 0, 128, True, True)
+        wanted = hadamard_reference.quantize_mixed(x, None, 0, 0.2, 0, 128, True, True, True)
+        got = hadamard_mixed.quantize_mixed(x.to(DEVICE), None, 0, 0.2, 0, 128, True, True, True)
         assert [v.shape for v in got] == [v.shape for v in wanted]
-        assert torch.equal(got[-1].cpu(), wanted[-1])
+        for a, b in zip(wanted[-2:], got[-2:], strict=True):
+            assert torch.equal(a, b.cpu())
