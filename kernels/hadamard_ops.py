@@ -61,8 +61,8 @@ def quantize_mixed(
     sums: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_mixed`; counts as `ops.quantize_row`."""
-    update = update and _may_count()
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_mixed`; X (operand 0) counts once in checkpoints."""
+    update = update and (operand != 0 or _may_count())
     out = _implementation(backend, "quantize_mixed")(
         x, state, operand, seed_rate, capacity, block, update, columns, sums
     )

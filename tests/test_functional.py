@@ -418,10 +418,10 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, weight, dy = heavy_tailed(128, 32, 16)
+    x, weight, dy = heavy_tailed(128, 256, 128)
     with FlopCounterMode(display=False) as counter:
         gradients(x, weight, None, dy)
-    assert counter.get_total_flops() == 3 * 2 * 128 * 32 * 16
+    assert counter.get_total_flops() == 3 * 2 * 128 * 256 * 128
 
 
 @pytest.mark.parametrize("recipe", ["row", "block", "rowwise", {**FOLDED, "wgrad_group_tokens": 128}])
