@@ -61,7 +61,7 @@ def quantize_mixed(
     sums: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_mixed`; X (operand 0) counts once in checkpoints."""
+    """See :func:`lightning_int8.kernels.hadamard_reference.quantize_mixed`; X (operand 0) counts once."""
     update = update and (operand != 0 or _may_count())
     out = _implementation(backend, "quantize_mixed")(
         x, state, operand, seed_rate, capacity, block, update, columns, sums

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_int8.kernels import ops, swiglu_ops
-from lightning_int8.kernels.hadamard_ops import quantize_hadamard, quantize_mixed
-from lightning_int8.kernels.planes import QuantizedMatrix
+from lightning_int8.kernels.hadamard_ops import TOKENS, quantize_hadamard, quantize_mixed
+from lightning_int8.kernels.planes import QuantizedMatrix, padded
 from lightning_int8.operands import BlockFallback, QuantizedGradient, QuantizedInput, QuantizedWeight
 
 
@@ -42,6 +42,9 @@ class HadamardScheme(BlockFallback):
             x, state, 0, rate, capacity, self.block, update, columns, False, backend
         )
         return QuantizedInput(self._rows(rows, capacity), (low_t, scale_t) if columns else ())
+
+    def _blocks(self, rows: int, columns: int) -> int:
+        return super()._blocks(rows, padded(columns, TOKENS))
 
     def _rows(self, planes: Sequence[Tensor], capacity: int) -> QuantizedMatrix:
         low, high, slot, scale = planes
@@ -72,7 +75,8 @@ class HadamardScheme(BlockFallback):
         dgrad = wgrad = dbias = None
         if weight is not None:
             rate, capacity = self._fallback(dy, self.recipe.gradient_band)
-            columns = bool(saved)
+            # torch.compile cannot trace bool(saved).
+            columns = saved is not None and len(saved) > 0
             *rows, low_t, scale_t, sums = quantize_mixed(
                 dy, state, 1, rate, capacity, self.block, update, columns, columns and bias, backend
             )
