@@ -95,10 +95,12 @@ class BlockFallback:
 
     def _fallback(self, x: Tensor, band: tuple[float, float]) -> tuple[float, int]:
         """The rate that seeds a threshold, and how many of ``x``'s blocks may fall back."""
-        blocks = blocks_along(x.shape[0], self.block) * blocks_along(x.shape[1], self.block)
         budget = self.recipe.budget
         rate = (band[0] + band[1]) / 2 if budget is None else min(budget, band[1])
-        return rate, fallback_capacity(blocks, band)
+        return rate, fallback_capacity(self._blocks(*x.shape), band)
+
+    def _blocks(self, rows: int, columns: int) -> int:
+        return blocks_along(rows, self.block) * blocks_along(columns, self.block)
 
     def _matrix(
         self, low: Tensor, high: Tensor, slot: Tensor, scale: Tensor | None, size: tuple[int, int], capacity: int
