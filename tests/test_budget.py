@@ -79,7 +79,7 @@ def test_thresholds_follow_a_change_of_the_unit():
     state = FallbackState(RECIPE)
     row = torch.zeros(2, COLUMNS)
     row[:, [THRESHOLD, POWER, STEP_POWER]] = torch.tensor([2.0, 3.0, 0.5])
-    state.load_state_dict({"operands": list(state.operands), "tensor": row})
+    state.load_state_dict({"operands": list(state.operands), "tensor": row, "mixed": True})
     state.discard_counts(gradient_factor=4.0)
     assert state.tensor is not None
     assert state.tensor[:, THRESHOLD].tolist() == [2.0, 8.0]
@@ -197,7 +197,8 @@ def test_training_under_a_budget_and_its_checkpoint(fields):
     assert (moved[:, POWER] > 0).all()
     assert not moved[:, [FALLBACK_BLOCKS, TOTAL_BLOCKS, POWER_SUM, STEP_SUM, POWER_COUNT]].any()
     fixed = FallbackState(dataclasses.replace(recipe, budget=None))
-    with pytest.raises(ValueError, match=r"16 numbers each.* \(5 each\)"):
+    mixed = recipe.mixes
+    with pytest.raises(ValueError, match=rf"16 numbers each, hadamard={mixed}.* \(5 each, hadamard={mixed}\)"):
         fixed.load_state_dict(fallback_states(models[0])["lm_head"].state_dict())
 
 

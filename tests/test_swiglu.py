@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lightning_int8.fusion as fusion
-from lightning_int8 import convert_to_int8, fallback_states, update_thresholds
+from lightning_int8 import convert_to_int8, fallback_states, hadamard_scheme, update_thresholds
 from lightning_int8.fusion import is_fused
+from lightning_int8.kernels import ops
 from lightning_int8.threshold import THRESHOLD
 from lightning_int8.weight_planes import keep_weight_planes
 
@@ -72,7 +73,15 @@ def fused_calls(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bias", "recipe"),
-    [(False, {}), (True, {}), (True, {**FOLDED, "stochastic_rounding": "all"}), (False, BUDGET), (True, GROUPS)],
+    [
+        (False, {}),
+        (True, {}),
+        (True, FOLDED),
+        (True, {**FOLDED, "stochastic_rounding": "all"}),
+        (False, BUDGET),
+        (False, {**FOLDED, **BUDGET}),
+        (True, GROUPS),
+    ],
 )
 def test_equals_the_layers_one_by_one(fused_calls, bias, recipe, autocast):
     apart, fused = converted(fuse=False, bias=bias, **recipe), converted(bias=bias, **recipe)
@@ -100,8 +109,9 @@ def test_frozen_weights_and_inference(fused_calls, frozen, recipe):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_checkpointed_and_compiled(checkpointed, compiled):
-    apart, fused = converted(fuse=False), converted()
+@pytest.mark.parametrize("recipe", [{}, FOLDED])
+def test_checkpointed_and_compiled(checkpointed, compiled, recipe):
+    apart, fused = converted(fuse=False, **recipe), converted(**recipe)
     forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else lambda t: fused(t)
     if compiled:
         torch._dynamo.reset()
@@ -116,8 +126,9 @@ RECOMPUTED = ["planes", "all"]
 
 @pytest.mark.parametrize("what", ["nothing", *RECOMPUTED])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what, checkpointed):
-    apart, fused = converted(fuse=False, **BUDGET), converted(recompute_swiglu=what, **BUDGET)
+@pytest.mark.parametrize("recipe", [BUDGET, {**FOLDED, **BUDGET}])
+def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_calls, what, checkpointed, recipe):
+    apart, fused = converted(fuse=False, **recipe), converted(recompute_swiglu=what, **recipe)
     forward = (lambda t: checkpoint(fused, t, use_reentrant=False)) if checkpointed else None
     seen = []
     for seed in range(6):
@@ -137,6 +148,7 @@ def test_thresholds_under_a_budget_move_as_those_of_the_layers_one_by_one(fused_
     [
         (True, {}),
         (True, FOLDED),
+        (False, NO_FALLBACK),
         (False, {**FOLDED, **NO_FALLBACK}),
     ],
 )
@@ -188,23 +200,25 @@ def test_memory_of_what_is_computed_again(compiled, keep_weights, hadamard):
     # The capacity for fallback blocks is 1.25 times the band's 0.3, in whole blocks.
     planes, gate_and_up = elements * 1.4, elements * 4 * 2
     if hadamard:
-        # A scale a feature, no fallback; but X's operand cannot be made of its transformed one and is kept as well.
-        planes, gate_and_up = elements + 4 * 80, gate_and_up - (128 * 48 * 1.4 + 4 * 128)
+        # A scale a feature, no fallback; but X's operand of rows cannot be made of that of columns and is kept as well,
+        # with its 48 features padded to 128.
+        planes, gate_and_up = elements + 4 * 80, gate_and_up - (128 * 128 * 1.4 + 4 * 128)
     assert saved[0] - saved[1] == pytest.approx(planes, rel=0.02)
     assert saved[1] - saved[2] == pytest.approx(gate_and_up, rel=0.02)
 
 
-def test_the_activation_and_its_planes_are_made_once():
-    # One statistics pass less only counts if nobody quantizes the result again.
-    from lightning_int8 import schemes
-
-    module, seen = converted(), []
-    original = schemes.quantize_row_hadamard
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schemes, "quantize_row_hadamard", lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
-        module(torch.randn(40, 48))
-    assert (40, 48) in seen
-    assert (40, 80) not in seen
+@pytest.mark.parametrize(
+    ("recipe", "module", "name", "times"),
+    # Unmixed, one op makes the activation and its planes: one read less only counts if nobody quantizes it again.
+    [({}, hadamard_scheme, "quantize_mixed", 1), (FOLDED, ops, "quantize_row", 0)],
+)
+@pytest.mark.parametrize("what", ["nothing", *RECOMPUTED])
+def test_the_activation_and_its_planes_are_made_once(monkeypatch, recipe, module, name, times, what):
+    layer, seen, original = converted(recompute_swiglu=what, **recipe), [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda x, *a: (seen.append(tuple(x.shape)), original(x, *a))[1])
+    layer(torch.randn(40, 48))
+    assert seen.count((40, 48)) == 1
+    assert seen.count((40, 80)) == times
 
 
 @pytest.mark.parametrize("other", [{"fuse_swiglu": False}, {"scaling": "block"}, {"wgrad": False}])

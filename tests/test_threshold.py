@@ -25,9 +25,8 @@ NAN = float("nan")
 
 def state_of(row: list[float], recipe: Int8Recipe = RECIPE) -> FallbackState:
     state = FallbackState(recipe)
-    state.load_state_dict(
-        {"operands": list(state.operands), "tensor": torch.tensor([[*row, 0.0]] * len(state.operands))}
-    )
+    tensor = torch.tensor([[*row, 0.0]] * len(state.operands))
+    state.load_state_dict({"operands": list(state.operands), "tensor": tensor, "mixed": recipe.mixes})
     return state
 
 
@@ -95,15 +94,17 @@ def test_recipes_without_fallback_have_no_state():
     assert only_gradients.operands == ("x", "dy_dgrad")
 
 
-@pytest.mark.parametrize("changed", [{"hadamard": False}, {"wgrad": False}])
-def test_the_wgrad_has_a_threshold_where_it_falls_back(changed):
-    """A wgrad in full precision keeps its row, which nothing counts."""
-    assert FallbackState(dataclasses.replace(RECIPE, **changed)).operands == ("x", "dy_dgrad", "dy_wgrad")
+@pytest.mark.parametrize("wgrad", [True, False])
+def test_the_wgrad_has_a_threshold_where_it_falls_back(wgrad):
+    """Unmixed, a wgrad in full precision keeps its row, which nothing counts; mixed, none has one."""
+    unmixed = FallbackState(dataclasses.replace(RECIPE, hadamard=False, wgrad=wgrad))
+    assert unmixed.operands == ("x", "dy_dgrad", "dy_wgrad")
+    assert FallbackState(dataclasses.replace(RECIPE, wgrad=wgrad)).operands == ("x", "dy_dgrad")
 
 
-@pytest.mark.parametrize("preset", ["row", "block"])
-def test_first_step_seeds_from_its_own_statistics_inside_the_band(preset):
-    recipe = dataclasses.replace(RECIPE, scaling=preset)
+@pytest.mark.parametrize("changed", [{}, {"hadamard": False}, {"scaling": "block"}])
+def test_first_step_seeds_from_its_own_statistics_inside_the_band(changed):
+    recipe = dataclasses.replace(RECIPE, **changed)
     model = TinyModel()
     convert_to_int8(model, recipe)
     x, _ = batches(4)
@@ -174,9 +175,12 @@ def test_a_first_forward_under_inference_mode_does_not_block_training():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("preset", ["row", "block"])
-def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(preset, reentrant):
-    recipe = dataclasses.replace(RECIPE, scaling=preset)
+@pytest.mark.parametrize(
+    ("changed", "features"),
+    [({}, 128), ({"hadamard": False}, WIDTH), ({"scaling": "block"}, WIDTH)],  # mixed features are padded
+)
+def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(changed, features, reentrant):
+    recipe = dataclasses.replace(RECIPE, **changed)
     results = []
     for mode in (None, reentrant):
         torch.manual_seed(0)
@@ -188,7 +192,7 @@ def test_activation_checkpointing_counts_once_and_gives_the_same_gradients(prese
             torch.nn.functional.cross_entropy(model(x.requires_grad_()), y).backward()
         results.append((thresholds(model), {n: p.grad for n, p in model.named_parameters()}))
     (plain_table, plain_grads), (table, grads) = results
-    blocks = 2 * (BATCH // 16) * (WIDTH // 16)
+    blocks = 2 * (BATCH // 16) * (features // 16)
     assert table["layers.0.up_proj"][0].tolist()[2] == blocks
     assert_same(plain_table, table)
     assert_same(plain_grads, grads)
@@ -205,6 +209,27 @@ def test_state_round_trip_leaves_out_counts_and_copies():
     assert saved["tensor"][1, THRESHOLD] == 2.0
     with pytest.raises(ValueError, match=r"recipe block has \['x', 'dy'\]"):
         FallbackState(PRESETS["block"]).load_state_dict(saved)
+
+
+def test_thresholds_of_operands_that_were_not_mixed_are_refused():
+    """As in checkpoints from when only the wgrad's operands were mixed, which have the same operands."""
+    saved = state_of([2.0, 5.0, 10.0, 0.25]).state_dict()
+    assert saved["mixed"] is True
+    del saved["mixed"]
+    state = FallbackState(RECIPE)
+    with pytest.raises(ValueError, match=r"hadamard=False\).* hadamard=True\).* drop the saved thresholds to seed"):
+        state.load_state_dict(saved)
+    assert state.tensor is None
+
+
+def test_thresholds_of_an_unmixed_recipe_load_without_the_key():
+    """What was saved before there was mixing."""
+    state = state_of([2.0, 5.0, 10.0, 0.25], dataclasses.replace(RECIPE, hadamard=False))
+    saved = state.state_dict()
+    assert saved.pop("mixed") is False
+    other = FallbackState(state.recipe)
+    other.load_state_dict(saved)
+    assert torch.equal(other.tensor, saved["tensor"])
 
 
 def test_discarded_counts_leave_thresholds_but_rescale_the_gradients():

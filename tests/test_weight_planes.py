@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_int8 import PRESETS, FabricFallbackInt8Precision, FallbackInt8Precision, Int8Recipe, convert_to_int8
+from lightning_int8 import (
+    PRESETS,
+    FabricFallbackInt8Precision,
+    FallbackInt8Precision,
+    Int8Recipe,
+    convert_to_int8,
+    hadamard_scheme,
+)
 from lightning_int8.kernels import ops
 from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes
 from tests.tiny import RECIPE, TinyModule, trainer
 
 BLOCK = dataclasses.replace(PRESETS["block"], block_size=16)
+FOLDED = dataclasses.replace(RECIPE, hadamard=False)
 LAYERS = 5
 
 
 @pytest.fixture
 def weights_quantized(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights that were quantized: what is quantized without fallback."""
+    """Shapes of the weights that were quantized: what is quantized without fallback, for one GEMM or for both."""
     seen: list[tuple[int, ...]] = []
 
-    def count(name: str) -> None:
-        original = getattr(ops, name)
+    def count(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
 
         def counting(x, state, operand, rate, capacity, *rest):
             if capacity == 0:
                 seen.append(tuple(x.shape))
             return original(x, state, operand, rate, capacity, *rest)
 
-        monkeypatch.setattr(ops, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
-    count("quantize_row")
-    count("quantize_block")
-    transposed = ops.transposed_integers
+    count(ops, "quantize_row")
+    count(ops, "quantize_block")
+    count(hadamard_scheme, "quantize_mixed")
+    scheme = hadamard_scheme.HadamardScheme
+    transposed, mixed = ops.transposed_integers, scheme.quantize_weight_for_dgrad
+    monkeypatch.setattr(ops, "transposed_integers", lambda x, *a: (seen.append(tuple(x.shape)), transposed(x, *a))[1])
+    # Not its op, which quantizes dY as well where that has no dgrad.
     monkeypatch.setattr(
-        ops, "transposed_integers", lambda x, *rest: (seen.append(tuple(x.shape)), transposed(x, *rest))[1]
+        scheme, "quantize_weight_for_dgrad", lambda self, w, *a: (seen.append(tuple(w.shape)), mixed(self, w, *a))[1]
     )
     return seen
 
@@ -50,7 +63,7 @@ def fit(tmp_path, accumulate: int, **plugin) -> TinyModule:
 
 
 @pytest.mark.strict
-@pytest.mark.parametrize("recipe", [RECIPE, BLOCK])
+@pytest.mark.parametrize("recipe", [RECIPE, FOLDED, BLOCK])
 def test_accumulated_training_quantizes_each_weight_once_a_step_with_equal_losses(tmp_path, weights_quantized, recipe):
     kept = fit(tmp_path, 4, recipe=recipe)
     assert len(weights_quantized) == 3 * LAYERS
@@ -70,7 +83,7 @@ def test_without_accumulation_nothing_is_kept_unless_asked_for(tmp_path, weights
     assert len(weights_quantized) == 3 * LAYERS
 
 
-def linear(recipe: Int8Recipe = RECIPE) -> nn.Linear:
+def linear(recipe: Int8Recipe | str = RECIPE) -> nn.Linear:
     torch.manual_seed(0)
     module = nn.Linear(64, 48)
     convert_to_int8(module, recipe)
@@ -120,11 +133,26 @@ def test_moving_the_layer_drops_its_planes():
     assert module.to(torch.bfloat16).int8_kept_weight is None
 
 
-def test_recipes_that_quantize_a_weight_for_each_product_keep_nothing():
-    module = nn.Linear(64, 48)
-    convert_to_int8(module, "rowwise")
-    keep_weight_planes(module)
-    assert module.int8_kept_weight is None
+@pytest.mark.strict
+@pytest.mark.parametrize(
+    ("recipe", "only_planes"),
+    # LLM.int8()'s dgrad is in the input's dtype and takes the weight itself.
+    [(RECIPE, True), (FOLDED, True), (BLOCK, True), ("rowwise", True), ("llm_int8", False)],
+)
+def test_kept_planes_change_neither_outputs_nor_gradients(recipe, only_planes):
+    results = []
+    for keep in (False, True):
+        module = linear(recipe)
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        if keep:
+            keep_weight_planes(module)
+            if only_planes:  # both GEMMs must take what is kept, not what the weight has become unnoticed
+                module.weight.data.mul_(2)
+        y = module(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, module.weight.grad, module.bias.grad))
+    for apart, kept in zip(*results, strict=True):
+        assert torch.equal(apart, kept)
 
 
 @pytest.mark.strict
