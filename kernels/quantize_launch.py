@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[int, dict[str, int]]] = {
     "mixed_rows": {128: {"num_warps": 8, "PART": 64}},
     # Not pipelined, so that what a program reads twice comes from L1 the second time.
     "mixed_statistics": {128: {"num_warps": 4, "PART": 64, "num_stages": 1}},
-    "mixed_planes": {128: {"num_warps": 4, "PART": 32}},
+    "mixed_planes": {128: {"num_warps": 4, "PART": 32, "maxnreg": 128}},
     "swiglu_gradient_statistics": _ROWS_AT_A_TIME | {32: {"num_warps": 1, "PART": 8, "STAGES": 3}},
 }
 
