@@ -102,7 +102,7 @@ class Int8Recipe:
     block_size: int = 128
     activation_band: tuple[float, float] = ANY_RATE
     gradient_band: tuple[float, float] = ANY_RATE
-    budget: float | None = 0.2
+    budget: float | None = 0.05
     threshold_factor: float = 1.3
     stochastic_rounding: StochasticRounding = "small"
     forward: bool = True

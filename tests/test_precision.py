@@ -105,7 +105,8 @@ def test_gradient_accumulation_moves_thresholds_once_a_step_and_counts_every_bat
     model, counts = TinyModule(steps=6), Counts()
     trainer(tmp_path, plugin=plugin(), accumulate_grad_batches=3, callbacks=[FarThresholds(), counts]).fit(model)
     assert updates(model) == {2}
-    assert counts.totals == [3 * 4 * 4] * 2
+    # Three batches of 64 tokens by 64 features, mixed 128, in blocks of 16.
+    assert counts.totals == [3 * 4 * 8] * 2
 
 
 def test_manual_optimization(tmp_path):
