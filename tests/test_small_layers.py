@@ -43,8 +43,8 @@ def test_auto_takes_what_was_measured_for_the_gpu_and_the_scaling(monkeypatch) -
     monkeypatch.setattr(small_layers, "MEASURED", {(9, 0): {"row": {0.1: 50, 0.2: 100}}})
     cuda = torch.device("cuda", 0)
     # Fabric converts a model before it moves it.
-    assert small_layers.least_features("auto", resolve_recipe("row"), torch.device("cpu"))[0] == 100
-    assert small_layers.least_features("auto", resolve_recipe("row"), cuda) == (
+    assert small_layers.least_features("auto", resolve_recipe({"budget": 0.2}), torch.device("cpu"))[0] == 100
+    assert small_layers.least_features("auto", resolve_recipe({"budget": 0.2}), cuda) == (
         100,
         "min_features='auto', 100 on sm_90",
     )
