@@ -136,7 +136,7 @@ class Case:
             partial = gradient_partial + 4 * columns * blocks_along(rows, block)
         elif op.startswith("hadamard"):
             up = torch.randn_like(x) if op == "hadamard, swiglu" else None
-            self.run = lambda: hadamard.quantize_hadamard(x, up, block)
+            self.run = lambda: hadamard.quantize_hadamard(x, up, block, False)
             out, fallen = self.run(), 0
             partial = 4 * columns * (blocks_along(rows, TOKENS) + 1)
             if up is not None:

@@ -121,27 +121,31 @@ def hadamard_statistics(
     x,
     up,
     amax,  # int32 [G, Q]
+    sums,  # float32 [G, Q], or None
     rows,
     columns,
     stride_r,
     stride_c,
     PART: tl.constexpr,
 ):
-    """Bit patterns of AbsMax of ``R x / sqrt(128)``, over 128 rows, of ``PART`` columns."""
+    """Bit patterns of AbsMax of ``R x / sqrt(128)``, and sums of ``x``, over 128 rows, of ``PART`` columns."""
     parts = tl.cdiv(columns, PART)
     group = tl.program_id(0) // parts
     column = tl.program_id(0) % parts * PART
     tile = _load_operand(x, up, group, column, rows, columns, stride_r, stride_c, PART)
-    store_largest(tile, amax, group, column, columns)
+    store_column_statistics(tile, amax, sums, group, column, columns)
 
 
 @triton.jit
-def store_largest(tile, amax, group, column, columns):
-    """Writes bit patterns of AbsMax of the columns of `_transform`."""
-    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
+def store_column_statistics(tile, amax, sums, group, column, columns):
+    """Writes bit patterns of AbsMax of the columns of `_transform` and, unless ``None``, the sums of ``tile``."""
     c = column + tl.arange(0, tile.shape[1])
+    at = group.to(tl.int64) * columns + c
+    if sums is not None:
+        tl.store(sums + at, tl.sum(tile.to(tl.float32), 0), mask=c < columns)
+    y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
     bits = largest_of_columns(y0, y1, y2, y3, y4, y5, y6, y7).to(tl.int32, bitcast=True)
-    tl.store(amax + group.to(tl.int64) * columns + c, bits, mask=c < columns)
+    tl.store(amax + at, bits, mask=c < columns)
 
 
 @triton.jit
@@ -241,16 +245,18 @@ def store_transformed(tile, factor, low_t, group, column, rows, columns):
     tl.store(low_t + at, low, mask=(c < columns)[:, None])
 
 
-def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``R x`` quantized: see `hadamard_reference.quantize_hadamard`, also for how near to it.
 
     Args:
         x: bfloat16, float16, float32 or float64 ``[M, Q]``, any strides; fast if one of them is 1.
         up: ``None``, or like ``x``, but not float64; then others than contiguous ones are copied.
         block: Block edge of the wgrad: 32, 64 or 128.
+        sums: Whether to sum up what is transformed over its rows.
 
     Returns:
-        ``low_t`` int8 ``[Q, M']`` and ``scale`` float32 ``[Q]``; the same bits in every run.
+        ``low_t`` int8 ``[Q, M']``, ``scale`` float32 ``[Q]`` and sums float32 ``[Q]``, empty unless ``sums``; the same
+        bits in every run.
     """
     if up is not None:
         x, up = _inputs(block, x, up)
@@ -260,39 +266,31 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
     new = Allocator(x.device)
     low_t = new.int8(columns, padded_tokens(rows, block))
     if x.numel() == 0:
-        return low_t, new.float32(columns).fill_(MIN_SCALE)
-    scale, inverse = scales_from(largest_of(x, up, block), block)
-    planes = _options("hadamard_planes", block, x, up)
-    with on(x):
-        hadamard_planes[(blocks_along(rows, TOKENS) * blocks_along(columns, planes["PART"]),)](
-            x, up, inverse, low_t, rows, columns, *x.stride(), **planes
-        )
-    return low_t, scale
-
-
-def largest_of(x: Tensor, up: Tensor | None, block: int) -> Tensor:
-    """The first read of what `quantize_hadamard` takes, at least one element: ``amax`` of `hadamard_statistics`."""
-    rows, columns = x.shape
+        return low_t, new.float32(columns).fill_(MIN_SCALE), new.float32(columns if sums else 0).zero_()
     groups, chosen = blocks_along(rows, TOKENS), _options("hadamard_statistics", block, x, up)
-    amax = Allocator(x.device).int32(groups, columns)
+    amax, partial = new.int32(groups, columns), new.float32(groups, columns) if sums else None
     with on(x):
         hadamard_statistics[(groups * blocks_along(columns, chosen["PART"]),)](
-            x, up, amax, rows, columns, *x.stride(), **chosen
+            x, up, amax, partial, rows, columns, *x.stride(), **chosen
         )
-    return amax
+    scale, inverse, total = scales_from(amax, partial, block)
+    planes = _options("hadamard_planes", block, x, up)
+    with on(x):
+        hadamard_planes[(groups * blocks_along(columns, planes["PART"]),)](
+            x, up, inverse, low_t, rows, columns, *x.stride(), **planes
+        )
+    return low_t, scale, total
 
 
-def scales_from(
-    amax: Tensor, block: int, sums: Tensor | None = None, total: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``inverse`` of `hadamard_scales`; writes ``total``, if there are ``sums``."""
+def scales_from(amax: Tensor, sums: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale``, ``inverse`` and ``total`` of `hadamard_scales`; without ``sums`` that is empty."""
     (groups, columns), new, chosen = amax.shape, Allocator(amax.device), options("hadamard_scales", block)
-    scale, inverse = new.float32(columns), new.float32(columns)
+    scale, inverse, total = new.float32(columns), new.float32(columns), new.float32(columns if sums is not None else 0)
     with on(amax):
         hadamard_scales[(blocks_along(columns, chosen["PART"]),)](
             amax, scale, inverse, sums, total, groups, columns, **chosen
         )
-    return scale, inverse
+    return scale, inverse, total
 
 
 def _options(kernel: str, block: int, x: Tensor, up: Tensor | None) -> dict:

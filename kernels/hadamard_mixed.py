@@ -8,7 +8,6 @@ wider elements than 16 bits are mixed first and quantized afterwards.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,7 @@ from lightning_int8.kernels.hadamard import (
     largest_of_columns,
     quantize_hadamard,
     scales_from,
-    store_largest,
+    store_column_statistics,
     store_transformed,
 )
 from lightning_int8.kernels.hadamard_features import (
@@ -87,11 +86,7 @@ def mixed_statistics(
         for start in range(0, _B, PART):
             column = column_block * _B + start
             tile = _load_operand(x, None, row_block, column, rows, columns, stride_r, stride_c, PART)
-            if sums is not None:
-                c = column + tl.arange(0, PART)
-                at = sums + row_block.to(tl.int64) * columns + c
-                tl.store(at, tl.sum(tile.to(tl.float32), 0), mask=c < columns)
-            store_largest(tile, amax_t, row_block, column, columns)
+            store_column_statistics(tile, amax_t, sums, row_block, column, columns)
 
 
 @CachedLaunch
@@ -167,8 +162,9 @@ def quantize_mixed(
             mix_features(x), state, operand, seed_rate, capacity, block, update, False
         )
         rows = low, high, slot, scale
-    of_columns = quantize_hadamard(x, None, block) if columns else (new.int8(0), new.float32(0))
-    return *rows, *of_columns, x.sum(0, dtype=torch.float32) if sums else new.float32(0)
+    if columns:
+        return *rows, *quantize_hadamard(x, None, block, sums)
+    return *rows, new.int8(0), new.float32(0), new.float32(0)
 
 
 def _in_two_reads(
@@ -185,19 +181,18 @@ def _in_two_reads(
     height, width = x.shape
     new = Allocator(x.device)
     low, _, high, _, slot = empty_planes(new, height, width, capacity, TOKENS, False)
-    scale, low_t, scale_t, inverse = new.float32(height), new.int8(0), new.float32(0), None
+    scale, low_t, scale_t, inverse, total = new.float32(height), new.int8(0), new.float32(0), None, new.float32(0)
     # The contraction is over all columns of `low`: no transformed feature is padding.
     statistics = MatrixStatistics.empty(low, capacity, TOKENS)
     amax_t = new.int32(slot.shape[0], width) if columns else None
     partial = new.float32(slot.shape[0], width) if sums else None
-    total = new.float32(width if sums else 0)
     with on(x):
         mixed_statistics[(slot.numel(),)](
             x, *statistics, amax_t, partial, height, width, *x.stride(), **options("mixed_statistics", TOKENS)
         )
         select_rows(low, statistics, state, operand, seed_rate, capacity, TOKENS, update, slot, scale, None)
         if amax_t is not None:
-            scale_t, inverse = scales_from(amax_t, TOKENS, partial, total)
+            scale_t, inverse, total = scales_from(amax_t, partial, TOKENS)
             low_t = new.int8(width, padded(height, TOKENS))
         mixed_planes[parts("mixed_planes", slot.numel(), TOKENS)](
             x, scale, slot if capacity > 0 else None, low, high, inverse, low_t if columns else None, height, width,

@@ -36,16 +36,18 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
 
 
 @_define("quantize_hadamard")
-def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, backend: str) -> tuple[Tensor, Tensor]:
+def quantize_hadamard(
+    x: Tensor, up: Tensor | None, block: int, sums: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lightning_int8.kernels.hadamard_reference.quantize_hadamard`."""
-    return _implementation(backend, "quantize_hadamard")(x, up, block)
+    return _implementation(backend, "quantize_hadamard")(x, up, block, sums)
 
 
 @_fake("quantize_hadamard")
-def _(x, up, block, backend):
+def _(x, up, block, sums, backend):
     rows, columns = x.shape
     low_t = x.new_empty(columns, padded_tokens(rows, block), dtype=torch.int8)
-    return low_t, x.new_empty(columns, dtype=torch.float32)
+    return low_t, *(x.new_empty(size, dtype=torch.float32) for size in (columns, columns if sums else 0))
 
 
 @_define("quantize_mixed", mutates=["state"])
@@ -78,7 +80,6 @@ def _(x, state, operand, seed_rate, capacity, block, update, columns, sums, back
     low, _, high, _, slot, scale, _ = quantize_row(
         mixed, state, operand, seed_rate, capacity, block, update, False, backend
     )
-    found = scale.new_empty(x.shape[1] if sums else 0)
     if columns:
-        return low, high, slot, scale, *quantize_hadamard(x, None, block, backend), found
-    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0), found
+        return low, high, slot, scale, *quantize_hadamard(x, None, block, sums, backend)
+    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0), scale.new_empty(0)

@@ -60,7 +60,7 @@ def mix_features(x: Tensor) -> Tensor:
     return mixed.t().contiguous()
 
 
-def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes ``R x`` to 8 bits with one scale a column over all rows: X or dY for the wgrad, or W for the dgrad.
 
     Rows are padded with zeros, and each 128 adjacent ones transformed by the orthogonal ``R = H·D / sqrt(128)``.
@@ -73,20 +73,23 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor,
         x: float ``[M, Q]``, any strides.
         up: ``None``, or like ``x``: what is transformed is ``silu(x)·up``, as PyTorch rounds it in the dtype of ``x``.
         block: Block edge of the wgrad.
+        sums: Whether to sum up what is transformed over its rows: the bias gradient, where it is dY.
 
     Returns:
-        ``low_t`` int8 ``[Q, M']`` with ``M' = padded_tokens(M, block)``, contiguous, and ``scale`` float32 ``[Q]``:
-        ``low_t·scale`` is about ``(R x)ᵀ``. A column with NaN or infinity has one of them as its scale, and integers 0.
+        ``low_t`` int8 ``[Q, M']`` with ``M' = padded_tokens(M, block)``, contiguous; ``scale`` float32 ``[Q]``:
+        ``low_t·scale`` is about ``(R x)ᵀ``; and the sums, float32 ``[Q]``, empty unless ``sums``. A column with NaN or
+        infinity has one of them as its scale, and integers 0.
     """
     if up is not None:
         x = F.silu(x) * up
     rows, columns = x.shape
     mixed = transform(F.pad(x.float(), (0, 0, 0, padded_tokens(rows, block) - rows)))
+    total = x.sum(0, dtype=torch.float32) if sums else mixed.new_empty(0)
     if mixed.numel() == 0:
-        return mixed.t().to(torch.int8).contiguous(), mixed.new_full((columns,), MIN_SCALE)
+        return mixed.t().to(torch.int8).contiguous(), mixed.new_full((columns,), MIN_SCALE), total
     scale = (_over(mixed.abs().amax(0), INT8_MAX) * TOKENS**0.5).clamp_min(MIN_SCALE)
     q = (mixed * (TOKENS**0.5 / scale)).round_().nan_to_num_(0.0).to(torch.int8)
-    return q.t().clone(memory_format=torch.contiguous_format), scale
+    return q.t().clone(memory_format=torch.contiguous_format), scale, total
 
 
 def quantize_mixed(
@@ -124,5 +127,6 @@ def quantize_mixed(
     """
     mixed = mix_features(x)
     low, _, high, _, slot, scale, _ = quantize_row(mixed, state, operand, seed_rate, capacity, block, update, False)
-    low_t, scale_t = quantize_hadamard(x, None, block) if columns else (low.new_empty(0), scale.new_empty(0))
-    return low, high, slot, scale, low_t, scale_t, x.sum(0, dtype=torch.float32) if sums else scale.new_empty(0)
+    if columns:
+        return low, high, slot, scale, *quantize_hadamard(x, None, block, sums)
+    return low, high, slot, scale, low.new_empty(0), scale.new_empty(0), scale.new_empty(0)

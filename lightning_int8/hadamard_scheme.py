@@ -31,7 +31,7 @@ class HadamardScheme(BlockFallback):
 
     def quantize_input(self, x, weight, state, update, wgrad, backend):
         if not self.recipe.forward:
-            return QuantizedInput(None, quantize_hadamard(x, None, self.block, backend) if wgrad else ())
+            return QuantizedInput(None, self._quantize_columns(x, None, backend) if wgrad else ())
         return self._quantize_input(x, state, update, wgrad, backend)
 
     def _quantize_input(
@@ -50,6 +50,10 @@ class HadamardScheme(BlockFallback):
         low, high, slot, scale = planes
         return self._matrix(low, high, slot, scale, tuple(low.shape), capacity)
 
+    def _quantize_columns(self, x: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        low_t, scale_t, _ = quantize_hadamard(x, up, self.block, False, backend)
+        return low_t, scale_t
+
     def _columns(self, low_t: Tensor, scale: Tensor) -> QuantizedMatrix:
         return QuantizedMatrix(low_t, None, None, scale, tuple(low_t.shape), self.block)
 
@@ -62,14 +66,14 @@ class HadamardScheme(BlockFallback):
 
     def swiglu_saved(self, gate: Tensor, up: Tensor, saved: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
         """As `RowScheme.swiglu_saved`."""
-        return quantize_hadamard(gate, up, self.block, backend)
+        return self._quantize_columns(gate, up, backend)
 
     def quantize_weight(self, weight, dgrad, backend):
         *rows, low_t, scale_t, _ = quantize_mixed(weight, None, 0, 0.0, 0, self.block, False, dgrad, False, backend)
         return QuantizedWeight(self._rows(rows, 0), self._columns(low_t, scale_t) if dgrad else None)
 
     def quantize_weight_for_dgrad(self, weight, scale, backend):
-        return QuantizedWeight(None, self._columns(*quantize_hadamard(weight, None, self.block, backend)))
+        return QuantizedWeight(None, self._columns(*self._quantize_columns(weight, None, backend)))
 
     def quantize_gradient(self, dy, weight, saved, size, state, update, bias, backend, statistics=()):
         dgrad = wgrad = dbias = None
@@ -84,7 +88,9 @@ class HadamardScheme(BlockFallback):
             if columns:
                 wgrad, dbias = self._columns(low_t, scale_t), sums if bias else None
         elif saved:
-            wgrad = self._columns(*quantize_hadamard(dy, None, self.block, backend))
+            # Summed up in the op, where the order of the sums is the same whether it is compiled or not.
+            low_t, scale_t, sums = quantize_hadamard(dy, None, self.block, bias, backend)
+            wgrad, dbias = self._columns(low_t, scale_t), sums if bias else None
         if bias and dbias is None:
             dbias = dy.sum(0, dtype=torch.float32)
         return QuantizedGradient(dgrad, wgrad, self._columns(*saved) if saved else None, dbias)

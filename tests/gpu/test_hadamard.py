@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 def operand(x: Tensor, up: Tensor | None, block: int, backend: str) -> QuantizedMatrix:
-    low_t, scale = quantize_hadamard(x, up, block, backend)
+    low_t, scale, _ = quantize_hadamard(x, up, block, False, backend)
     return QuantizedMatrix(low_t, None, None, scale, (low_t.shape[0], low_t.shape[1]), block)
 
 
@@ -47,13 +47,14 @@ def test_large_operands_are_near_the_reference_and_repeat(dtype, activation):
     g = torch.Generator("cuda").manual_seed(0)
     x, up = (torch.randn(16384 + 7, 1416, device="cuda", generator=g).to(dtype) for _ in range(2))
     up = up if activation else None
-    low_t, scale = quantize_hadamard(x, up, 128, backend)
-    wanted, wanted_scale = quantize_hadamard(x, up, 128, "reference")
+    low_t, scale, sums = quantize_hadamard(x, up, 128, True, backend)
+    wanted, wanted_scale, wanted_sums = quantize_hadamard(x, up, 128, True, "reference")
     torch.testing.assert_close(scale, wanted_scale, rtol=5e-6, atol=0)
+    torch.testing.assert_close(sums, wanted_sums, rtol=1e-4, atol=1e-2)
     assert (low_t.int() - wanted).abs().max() <= 1
     assert (low_t != wanted).float().mean() < 1e-3
     for _ in range(20):
-        assert all(map(torch.equal, quantize_hadamard(x, up, 128, backend), (low_t, scale)))
+        assert all(map(torch.equal, quantize_hadamard(x, up, 128, True, backend), (low_t, scale, sums)))
 
 
 @pytest.mark.parametrize("shape", [(130, 576, 200), (1000, 704, 333), (2048, 2048, 1024)])
@@ -102,7 +103,7 @@ def test_both_operands_are_near_the_reference_and_repeat(shape, dtype, capacity)
     wanted = quantize_mixed(x, *rest, False, False, "reference")
     assert torch.equal(rows[2], wanted[2])
     assert_near(wanted, rows)
-    assert all(map(torch.equal, (low_t, scale_t), quantize_hadamard(x, None, 128, backend)))
+    assert all(map(torch.equal, (low_t, scale_t), quantize_hadamard(x, None, 128, False, backend)[:2]))
     torch.testing.assert_close(sums, x.sum(0, dtype=torch.float32), rtol=1e-4, atol=1e-2)
     fallen = int((rows[2] >= 0).sum())
     for i in range(20):

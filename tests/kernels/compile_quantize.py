@@ -40,7 +40,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
     quantize_gradient.quantize_row_gradient(x, t, s, s, state, 0.2, capacity, block, True, stochastic, True)
     power_sums.measure_power(x, s, torch.zeros(3, 16), 0)
     power_sums.measure_gradient_power(x, t, s, s, t, torch.zeros(3, 16))
-    hadamard.quantize_hadamard(x, None, block)
+    hadamard.quantize_hadamard(x, None, block, True)
     hadamard_features.mix_features(x)
     hadamard_mixed.quantize_mixed(x, state, 0, 0.2, capacity, block, True, True, True)
     hadamard_mixed.quantize_mixed(x, state, 0, 0.2, capacity, block, True, False, False)
@@ -52,7 +52,7 @@ def launch(block: int, dtype: torch.dtype, fallback: bool, stochastic: str, tran
         swiglu.swiglu_gradient(x, x, x, t, t, s, s, capacity, block, True)
         swiglu.swiglu_gradient(x, x, x, None, None, None, None, 0, block, False)
         swiglu.swiglu(x, x)
-        hadamard.quantize_hadamard(x, x, block)
+        hadamard.quantize_hadamard(x, x, block, False)
 
 
 def launch_many_blocks(block: int, rows: int, columns: int) -> None:

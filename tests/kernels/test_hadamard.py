@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter, in a process of its own: see `in
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -32,17 +33,17 @@ else:
     # The interpreter's exp is another than PyTorch's.
     SILU_SQNR = 60 if INTERPRETED else 100
 
-    def quantized(x: Tensor, up: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+    def quantized(x: Tensor, up: Tensor | None, block: int, sums: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         checked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if INTERPRETED:
             from tests.kernels.bounds import checked_accesses
 
             checked = checked_accesses()
         with checked:
-            return hadamard.quantize_hadamard(x, up, block)
+            return hadamard.quantize_hadamard(x, up, block, sums)
 
-    def assert_near(x: Tensor, wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], block: int) -> None:
-        """Scales up to rounding, integers up to ties; what is not finite in the same columns."""
+    def assert_near(x: Tensor, wanted: Sequence[Tensor], got: Sequence[Tensor], block: int) -> None:
+        """Scales and sums up to rounding, integers up to ties; what is not finite in the same columns."""
         for a, b in zip(wanted, got, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         finite = wanted[1].isfinite()
@@ -53,6 +54,9 @@ else:
         at = exact(x.cpu()[:, finite.cpu()], block) / got[1][finite].cpu()[:, None].double()
         assert ((at - got[0][finite].cpu()).abs() <= 0.5 + 1e-3).all()
         assert (got[0].int() - wanted[0]).abs().max() <= 1
+        assert torch.equal(wanted[2].isfinite(), got[2].isfinite())
+        apart, size = (got[2] - wanted[2])[finite].abs().double(), x[:, finite].double().abs().sum(0)
+        assert (apart.nan_to_num(0.0) <= 1e-6 * size).all()
 
     # Fewer tokens than are mixed; ragged; whole tiles of several groups.
     CASES = [
@@ -75,8 +79,11 @@ else:
         elif layout == "every other":
             x = x.repeat_interleave(2, 1)[:, ::2]
         got = quantized(x, None, block)
-        assert_near(x, hadamard_reference.quantize_hadamard(x, None, block), got, block)
+        assert_near(x, hadamard_reference.quantize_hadamard(x, None, block, True), got, block)
         assert all(map(torch.equal, got, quantized(x, None, block)))
+        *alone, nothing = quantized(x, None, block, False)
+        assert all(map(torch.equal, got, alone))
+        assert nothing.numel() == 0
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_values_of_all_magnitudes(dtype):
@@ -90,7 +97,7 @@ else:
         x[7, 5], x[150, 6], x[7, 7], x[3, 7] = float("nan"), float("inf"), float("inf"), -float("inf")
         x = x.to(DEVICE, dtype)
         got = quantized(x, None, 32)
-        assert_near(x, hadamard_reference.quantize_hadamard(x, None, 32), got, 32)
+        assert_near(x, hadamard_reference.quantize_hadamard(x, None, 32, True), got, 32)
         assert got[1].isfinite().tolist() == [True] * 5 + [False] * 3 + [True]
         assert got[1][0] == MIN_SCALE
 
@@ -100,14 +107,14 @@ else:
     def test_of_an_activation(dtype):
         gate, up = (torch.randn(150, 70).to(DEVICE, dtype) * factor for factor in (4, 1))
         gate[3, 4], gate[5, 6] = 60.0, -95.0
-        wanted = hadamard_reference.quantize_hadamard(gate, up, 64)
-        low_t, scale = quantized(gate.t().contiguous().t(), up, 64)
+        wanted = hadamard_reference.quantize_hadamard(gate, up, 64, True)
+        low_t, scale, sums = quantized(gate.t().contiguous().t(), up, 64)
         assert (low_t.int() - wanted[0]).abs().max() <= 1
         assert_close("R h", wanted[0] * wanted[1][:, None], low_t * scale[:, None], 50)
         assert_close("scales", wanted[1], scale, SILU_SQNR)
         # To the bit what the activation itself gives, which a layer keeps or computes again.
         h, *_ = swiglu.swiglu_row(gate, up, None, 0, 0.0, 0, 64, False, False)
-        assert all(map(torch.equal, quantized(h, None, 64), (low_t, scale)))
+        assert all(map(torch.equal, quantized(h, None, 64), (low_t, scale, sums)))
 
     @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (140, 5)])
     def test_tracing_sees_the_same_shapes(shape):
@@ -115,12 +122,12 @@ else:
         results = quantized(x, None, 64)
         assert (results[1] == MIN_SCALE).all() == (shape[0] == 0 or shape[1] == 0)
         with FakeTensorMode() as mode:
-            traced = hadamard_ops.quantize_hadamard(mode.from_tensor(x), None, 64, "triton")
+            traced = hadamard_ops.quantize_hadamard(mode.from_tensor(x), None, 64, True, "triton")
         assert [(t.shape, t.dtype, t.stride()) for t in traced] == [(t.shape, t.dtype, t.stride()) for t in results]
 
     def test_what_it_cannot_take_is_said():
         x = torch.ones(4, 4, device=DEVICE)
         with pytest.raises(ValueError, match="block=48 is not among"):
-            hadamard.quantize_hadamard(x, None, 48)
+            hadamard.quantize_hadamard(x, None, 48, False)
         with pytest.raises(ValueError, match="one shape and one dtype"):
-            hadamard.quantize_hadamard(x, x.half(), 32)
+            hadamard.quantize_hadamard(x, x.half(), 32, False)

@@ -38,7 +38,7 @@ def test_the_transform_is_orthogonal():
 )
 def test_integers_and_scales_are_those_of_the_definition(shape, block, dtype):
     x = (torch.randn(shape) * torch.randn(shape[0], 1).exp()).to(dtype)
-    low_t, scale = quantize_hadamard(x, None, block, "reference")
+    low_t, scale, _ = quantize_hadamard(x, None, block, False, "reference")
     mixed = exact(x, block)
     assert low_t.dtype == torch.int8
     assert low_t.shape == (shape[1], 384 if shape[0] > 128 else 128)
@@ -48,8 +48,8 @@ def test_integers_and_scales_are_those_of_the_definition(shape, block, dtype):
 
 def test_an_activation_is_what_pytorch_makes_of_it():
     gate, up = torch.randn(140, 9).bfloat16(), torch.randn(140, 9).bfloat16()
-    fused = quantize_hadamard(gate, up, 128, "reference")
-    apart = quantize_hadamard(F.silu(gate) * up, None, 128, "reference")
+    fused = quantize_hadamard(gate, up, 128, True, "reference")
+    apart = quantize_hadamard(F.silu(gate) * up, None, 128, True, "reference")
     assert all(map(torch.equal, fused, apart))
 
 
@@ -58,7 +58,7 @@ def test_a_constant_a_walsh_function_and_one_token_are_spread():
     x[:, 0] = 5.0
     x[:, 1] = 1.0 - 2.0 * (torch.arange(256) >> 3 & 1)
     x[130, 2] = 1e30
-    low_t, scale = quantize_hadamard(x, None, 128, "reference")
+    low_t, scale, _ = quantize_hadamard(x, None, 128, False, "reference")
     for column, peak in ((0, 5.0), (1, 1.0)):
         assert (low_t[column].abs() == 127).sum() == 128  # of 256; the others are zero
         assert (low_t[column] == 0).sum() == 128
@@ -72,7 +72,7 @@ def test_the_product_of_two_operands_is_that_of_what_they_were():
     x, dy = torch.randn(tokens, 96), torch.randn(tokens, 64) * torch.randn(tokens, 1).exp()
     operands = []
     for operand in (dy, x):
-        low_t, scale = quantize_hadamard(operand, None, block, "reference")
+        low_t, scale, _ = quantize_hadamard(operand, None, block, False, "reference")
         operands.append(QuantizedMatrix(low_t, None, None, scale, low_t.shape, block))
     dw = gemm_row(*operands, None, torch.float32, "reference")
     assert sqnr_db(dy.double().t() @ x.double(), dw) > 33
@@ -88,7 +88,7 @@ def test_what_is_not_finite_is_in_the_scale_and_what_is_huge_is_not():
     x[4, 2] = float("inf")
     # The row of R whose sum of magnitudes is sqrt(128)·3e38.
     x[:128, 3] = definition()[77].sign().float() * 3e38
-    low_t, scale = quantize_hadamard(x, None, 128, "reference")
+    low_t, scale, _ = quantize_hadamard(x, None, 128, False, "reference")
     assert (low_t[:3] == 0).all()
     assert scale[0].isnan()
     assert scale[1].isinf()
@@ -100,16 +100,17 @@ def test_what_is_not_finite_is_in_the_scale_and_what_is_huge_is_not():
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (130, 2)])
 def test_zeros_and_no_tokens_have_the_least_scale(shape):
-    low_t, scale = quantize_hadamard(torch.zeros(shape), None, 32, "reference")
+    low_t, scale, _ = quantize_hadamard(torch.zeros(shape), None, 32, False, "reference")
     assert low_t.shape == (shape[1], padded_tokens(shape[0], 32))
     assert (low_t == 0).all()
     assert (scale == MIN_SCALE).all()
 
 
 @pytest.mark.parametrize("up", [False, True])
-def test_tracing_sees_the_same(up):
+@pytest.mark.parametrize("sums", [False, True])
+def test_tracing_sees_the_same(up, sums):
     x = torch.randn(70, 9)
-    arguments = x.t() if not up else x, torch.randn(70, 9) if up else None, 48, "reference"
+    arguments = x.t() if not up else x, torch.randn(70, 9) if up else None, 48, sums, "reference"
     torch.library.opcheck(torch.ops.lightning_int8.quantize_hadamard, arguments)
 
 

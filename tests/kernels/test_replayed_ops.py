@@ -240,7 +240,7 @@ else:
         def arguments(seed):
             # More tokens than are mixed at a time.
             x, up = (matrix(s, 128 + ROWS, COLUMNS, torch.float16) for s in (seed, seed + 9))
-            return (x, up, BLOCK) if activation else (x.t().contiguous().t(), None, BLOCK)
+            return (x, up, BLOCK, False) if activation else (x.t().contiguous().t(), None, BLOCK, True)
 
         equal(hadamard_ops._implementation(backend, "quantize_hadamard"), arguments)
 
