@@ -22,7 +22,7 @@ from examples.study.__main__ import main
 from examples.study.module import StudyModule
 from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, _take
-from examples.study.results import write_results
+from examples.study.results import _late_gap, write_results
 from examples.study.train import OutOfTimeError, train
 from examples.study.turns import TakeTurns
 
@@ -115,6 +115,14 @@ def test_a_run_that_branches_goes_on_where_its_parent_was(study):
     assert float(rows["int8"]["late_gap_millinats"]) == pytest.approx(1e3 * sum(late) / 3, abs=0.006)
     assert float(rows["same"]["late_gap_millinats"]) == 0
     assert rows["parent"]["late_gap_millinats"] == ""
+
+
+def test_one_batch_whose_loss_jumps_leaves_the_late_gap_as_it_is():
+    steps = 400
+    base, run = ({str(step): 2.0 + gap for step in range(1, steps + 1)} for gap in (0.0, 1e-4))
+    run["350"] += 5.0
+    results = [{"steps": steps, "curve": {"train_loss": losses}} for losses in (run, base)]
+    assert _late_gap(*results) == pytest.approx((0.1, 0.0), abs=1e-9)
 
 
 def test_branches_are_compared_with_their_own_trunk(study):

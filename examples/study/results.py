@@ -74,12 +74,15 @@ def _baseline(finished: Finished, run: Run) -> dict[str, Any] | None:
 def _late_gap(result: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
     """Mean gap of the training losses over the last quarter of the steps, and its standard error, in 10^-3 nats.
 
-    On the same batches, so that it shows what is far below the noise of a loss. ``None`` for fewer than two steps.
+    On the same batches, so that it shows what is far below the noise of a loss. Without the 2 % largest and the 2 %
+    smallest gaps, since on a rare batch the loss of any run jumps by a hundred times what is looked for. ``None`` for
+    fewer than two steps.
     """
     mine, other = result["curve"]["train_loss"], base["curve"]["train_loss"]
-    gaps = [1e3 * (loss - other[step]) for step, loss in mine.items() if int(step) > 0.75 * result["steps"]]
+    gaps = sorted(1e3 * (loss - other[step]) for step, loss in mine.items() if int(step) > 0.75 * result["steps"])
     if len(gaps) < 2:
         return None
+    gaps = gaps[len(gaps) // 50 : len(gaps) - len(gaps) // 50]
     return statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
 
 
