@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, api
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_int8 import FallbackInt8Precision, VerifiedCheckpointIO, consolidate_checkpoint
+from lightning_int8 import FallbackInt8Precision, Int8Recipe, VerifiedCheckpointIO, consolidate_checkpoint
 from lightning_int8.plugin_core import clip_grad_norm
 from tests.distributed_worker import CpuFSDPStrategy, Sharded
-from tests.tiny import BATCH, NEAREST_RECIPE, Block, TinyModule, batches, thresholds, trainer
+from tests.tiny import BATCH, GPU_RECIPE, NEAREST_RECIPE, Block, TinyModule, batches, thresholds, trainer
 
 STEPS = 3
 CLIP = 0.3
@@ -113,11 +113,12 @@ def run(
     resume: Path | None,
     *,
     int8: bool = True,
+    recipe: Int8Recipe = NEAREST_RECIPE,
     save: Path | None = None,
     optimizer: Any = torch.optim.AdamW,
 ) -> dict[str, Any]:
     """Trains one phase; ``name`` is one of ``STRATEGIES`` or ``"single"``."""
-    plugins: list[Any] = [FallbackInt8Precision(NEAREST_RECIPE, "32-true")] if int8 else []
+    plugins: list[Any] = [FallbackInt8Precision(recipe, "32-true")] if int8 else []
     if name == "ddp":
         plugins.append(VerifiedCheckpointIO())
     options: dict[str, Any] = {"accelerator": device, "max_epochs": phase + 1, "use_distributed_sampler": False}
@@ -177,6 +178,9 @@ def every_run(folder: Path, device: str, kind: str) -> dict[str, Any]:
         results[f"single > plain {name}"] = run(folder, device, name, 1, folder / "single", int8=False, save=saved)
         results[f"plain {name} > {name}"] = run(folder, device, name, 2, saved)
         results[f"{name} > plain {name}"] = run(folder, device, name, 2, folder / name, int8=False)
+        saved = folder / f"mixed-{name}"
+        results[f"mixed {name}"] = run(folder, device, name, 1, folder / "mixed", recipe=GPU_RECIPE, save=saved)
+        results[f"mixed {name}, resumed"] = run(folder, device, name, 2, saved, recipe=GPU_RECIPE)
     if device == "cpu":
         # torchao compiles its step, for half a minute.
         torch.compile = functools.partial(torch.compile, backend="eager")

@@ -5,6 +5,7 @@ What each resumed run is compared with: one device that goes through the same ba
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from lightning_int8 import consolidate_checkpoint
+from lightning_int8.threshold import THRESHOLD
 from tests.checkpoint_worker import ANY, CLIP, EIGHT_BITS, PAIRS, PLAIN, STEPS, STRATEGIES, run
-from tests.tiny import assert_same
+from tests.tiny import GPU_RECIPE, assert_same
 from tests.two_processes import DEVICES, results
 
 RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, targets in PAIRS.items() for t in targets]
@@ -30,11 +32,14 @@ def one_device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """The three phases, in INT8 and (the second and third) in full precision; and the folder of their checkpoints."""
     folder, device = tmp_path_factory.mktemp("checkpoints"), request.param
     run(folder, device, "single", 0, None, save=folder / "single")
+    run(folder, device, "single", 0, None, recipe=GPU_RECIPE, save=folder / "mixed")
     return {
         "folder": folder,
         "device": device,
         "int8 1": run(folder, device, "single", 1, folder / "single", save=folder / "single 1"),
         "int8 2": run(folder, device, "single", 2, folder / "single 1"),
+        "mixed 1": run(folder, device, "single", 1, folder / "mixed", recipe=GPU_RECIPE, save=folder / "mixed 1"),
+        "mixed 2": run(folder, device, "single", 2, folder / "mixed 1", recipe=GPU_RECIPE),
         "plain 1": run(folder, device, "single", 1, folder / "single", int8=False, save=folder / "plain 1"),
         "plain to int8": run(folder, device, "single", 2, folder / "plain 1"),
         "int8 to plain": run(folder, device, "single", 2, folder / "single 1", int8=False),
@@ -59,6 +64,22 @@ def test_a_resumed_run_follows_one_device(ranks, one_device, name: str) -> None:
     assert_same(ranks[0][name]["thresholds"], ranks[1][name]["thresholds"])
     tables = ranks[0][name]["thresholds"], expected["thresholds"]
     torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_mixed_operands_are_resumed(ranks, one_device, name: str) -> None:
+    """As the default has them. A last bit reaches 128 values of them, so that roundings flip on CPUs, too."""
+    for phase, result in (("mixed 1", f"mixed {name}"), ("mixed 2", f"mixed {name}, resumed")):
+        assert_follows(ranks, result, one_device[phase], 2e-3)
+        first, second = (rank[result]["thresholds"] for rank in ranks)
+        assert_same(first, second)
+        assert first.keys() == one_device[phase]["thresholds"].keys()
+        for layer, table in first.items():
+            # A flipped rounding can move one of a layer's few blocks, and by that a threshold by one factor.
+            expected = one_device[phase]["thresholds"][layer]
+            ratio = (table[:, THRESHOLD] / expected[:, THRESHOLD]).log().abs()
+            assert torch.equal(table[:, THRESHOLD].isnan(), expected[:, THRESHOLD].isnan())
+            assert (ratio.nan_to_num(0.0) < 1.01 * math.log(GPU_RECIPE.threshold_factor)).all()
 
 
 @pytest.mark.usefixtures("ranks")
