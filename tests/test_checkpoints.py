@@ -24,7 +24,7 @@ RESUMED = [f"single > {name}" for name in STRATEGIES] + [f"{s} > {t}" for s, tar
 # integer can be rounded the other way: on two H200 the losses of one step differed by 5e-4, in all strategies alike.
 NEAR = {"cpu": 1e-5, "gpu": 2e-3}
 # With `--dist loadgroup` one worker takes the whole file, which has one run.
-pytestmark = pytest.mark.xdist_group("checkpoints")
+pytestmark = [pytest.mark.xdist_group("checkpoints"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module", params=DEVICES)
