@@ -257,7 +257,8 @@ class Int8PluginCore:
             try:
                 state.load_state_dict(saved[name])
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                where = f"checkpoint[{type(self).__qualname__!r}]"
+                raise ValueError(f"{name}: {error} (Deleting {where} drops them.)") from None
 
 
 def _print_table(report: ConversionReport) -> None:

@@ -147,7 +147,8 @@ class FallbackState:
                 f"Thresholds for operands {theirs} ({numbers} numbers each, hadamard={mixed}) cannot be restored into "
                 f"a layer whose recipe {self.recipe.describe()} has {ours} ({columns} each, hadamard={mixes}). Use the "
                 "recipe the checkpoint was trained with (once the default: 'row' with hadamard=False, budget=None and "
-                "bands of (0.1, 0.3)), or drop the saved thresholds to seed new ones."
+                "bands of (0.1, 0.3); none mixes the wgrad alone any more), or drop the saved thresholds to seed new "
+                "ones."
             )
         self._set(torch.as_tensor(state["tensor"]), self.device or torch.device("cpu"))
 
