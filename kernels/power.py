@@ -55,7 +55,7 @@ def measure_gradient_power(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
     a_step: Tensor,
-    g_step: Tensor | None,
+    g_step: Tensor,
     state: Tensor | None,
     backend: str,
 ) -> None:
@@ -66,7 +66,7 @@ def measure_gradient_power(
         weight_scale: Contiguous.
         input_scale: Contiguous.
         a_step: Contiguous.
-        g_step: Contiguous.
+        g_step: Contiguous; unused without ``input_scale``.
         state: Contiguous.
         backend: Who runs it.
     """

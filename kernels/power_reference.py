@@ -26,7 +26,7 @@ def measure_gradient_power(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
     a_step: Tensor,
-    g_step: Tensor | None,
+    g_step: Tensor,
     state: Tensor,
 ) -> None:
     """The same for both operands that the backward makes of ``dy``, in the rows 1 and 2 of ``state``.
@@ -36,7 +36,7 @@ def measure_gradient_power(
         weight_scale: t, float32 ``[N]``: A is ``dy·diag(t)``. ``None``: no A.
         input_scale: s, float32 ``[M]``: G is ``(diag(s)·dy)ᵀ``. ``None``: no G.
         a_step: Scales of A, float32, any shape.
-        g_step: Scales of G, float32, any shape; ``None`` without G.
+        g_step: Scales of G, float32, any shape.
         state: float32 ``[operands, columns]``, as above.
     """
     distance, _ = sampling(dy.shape[0])

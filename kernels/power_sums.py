@@ -120,7 +120,7 @@ def measure_gradient_power(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
     a_step: Tensor,
-    g_step: Tensor | None,
+    g_step: Tensor,
     state: Tensor,
 ) -> Tensor:
     """See `power_reference.measure_gradient_power`; all but ``dy`` are contiguous. Returns its workspace."""
