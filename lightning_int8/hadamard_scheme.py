@@ -111,9 +111,3 @@ class HadamardScheme(BlockFallback):
 
     def gemm(self, a, b, bias, out_dtype, backend):
         return ops.gemm_row(a, b, bias, out_dtype, backend)
-
-    def gemm_again(
-        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        """As `RowScheme.gemm_again`."""
-        return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -129,12 +128,6 @@ class RowScheme(BlockFallback):
         columns = padded(size[1], self.block) - size[1]
         low = F.pad(low_t[:, : size[0]].t(), (0, columns)).contiguous()
         return self._matrix(low, high_t.mT.contiguous(), slot, scale, size, high_t.shape[0])
-
-    def gemm_again(
-        self, a: QuantizedMatrix, b: QuantizedMatrix, bias: Tensor | None, out_dtype: torch.dtype, backend: str
-    ) -> Tensor:
-        """A forward's product computed again in the backward, which the compiler must not take for the forward's."""
-        return ops.gemm_row(a, b, bias, out_dtype, backend, again=True)
 
 
 class BlockScheme(BlockFallback):

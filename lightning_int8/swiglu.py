@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_int8.functional import autocasts
 from lightning_int8.kernels import backends
+from lightning_int8.kernels.ops import gemm_row
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
 from lightning_int8.linear import Int8Linear
 from lightning_int8.operands import QuantizedInput, QuantizedWeight
@@ -160,7 +161,8 @@ def _gate_and_up_again(
     else:
         x = scheme.input_again(x_saved, ctx.input_size)
     return [
-        scheme.gemm_again(x, w.forward, bias, ctx.dtype, ctx.backend)
+        # Which the compiler must not take for the forward's products.
+        gemm_row(x, w.forward, bias, ctx.dtype, ctx.backend, again=True)
         for w, bias in zip(weights, (gate_bias, up_bias), strict=True)
     ]
 
