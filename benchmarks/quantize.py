@@ -16,13 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lightning_int8.kernels import (
-    hadamard,
-    hadamard_mixed,
-    quantize,
-    quantize_gradient,
-    swiglu,
-)
+from lightning_int8.kernels import hadamard, hadamard_mixed, quantize, quantize_gradient, swiglu
 from lightning_int8.kernels.hadamard_ops import TOKENS
 from lightning_int8.kernels.planes import blocks_along, fallback_capacity
 

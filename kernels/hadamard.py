@@ -194,8 +194,24 @@ def hadamard_scales(
 
 
 @triton.jit
-def _integers(y, factor, mask):
-    return _integer_bits(y * factor, None, None, mask).to(tl.int8)
+def _rounded(y, factor, mask, dtype: tl.constexpr):
+    return _integer_bits(y * factor, None, None, mask).to(dtype)
+
+
+@triton.jit
+def integers_by_place(y0, y1, y2, y3, y4, y5, y6, y7, factor, dtype: tl.constexpr):
+    """Integers ``[PART, 128]`` of the eight parts of `_transform`, whose values are multiplied with ``[1, PART]``."""
+    mask = _finite_mask(factor)
+    return _by_place(
+        _rounded(y0, factor, mask, dtype),
+        _rounded(y1, factor, mask, dtype),
+        _rounded(y2, factor, mask, dtype),
+        _rounded(y3, factor, mask, dtype),
+        _rounded(y4, factor, mask, dtype),
+        _rounded(y5, factor, mask, dtype),
+        _rounded(y6, factor, mask, dtype),
+        _rounded(y7, factor, mask, dtype),
+    )
 
 
 @CachedLaunch
@@ -227,18 +243,8 @@ def store_transformed(tile, factor, low_t, group, column, rows, columns):
     """Writes the integers of `_transform`, transposed; ``factor [1, PART]`` is what its values are multiplied with."""
     PART: tl.constexpr = tile.shape[1]
     c = column + tl.arange(0, PART)
-    mask = _finite_mask(factor)
     y0, y1, y2, y3, y4, y5, y6, y7 = _transform(tile)
-    low = _by_place(
-        _integers(y0, factor, mask),
-        _integers(y1, factor, mask),
-        _integers(y2, factor, mask),
-        _integers(y3, factor, mask),
-        _integers(y4, factor, mask),
-        _integers(y5, factor, mask),
-        _integers(y6, factor, mask),
-        _integers(y7, factor, mask),
-    )
+    low = integers_by_place(y0, y1, y2, y3, y4, y5, y6, y7, factor, tl.int8)
     pitch = tl.cdiv(rows, _TOKENS) * _TOKENS
     low_t += column.to(tl.int64) * pitch + group * _TOKENS
     at = tl.arange(0, PART)[:, None] * pitch + tl.arange(0, _TOKENS)[None, :]
@@ -269,13 +275,12 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, sums: bool) -> t
         return low_t, new.float32(columns).fill_(MIN_SCALE), new.float32(columns if sums else 0).zero_()
     groups, chosen = blocks_along(rows, TOKENS), _options("hadamard_statistics", block, x, up)
     amax, partial = new.int32(groups, columns), new.float32(groups, columns) if sums else None
+    planes = _options("hadamard_planes", block, x, up)
     with on(x):
         hadamard_statistics[(groups * blocks_along(columns, chosen["PART"]),)](
             x, up, amax, partial, rows, columns, *x.stride(), **chosen
         )
-    scale, inverse, total = scales_from(amax, partial, block)
-    planes = _options("hadamard_planes", block, x, up)
-    with on(x):
+        scale, inverse, total = scales_from(amax, partial, block)
         hadamard_planes[(groups * blocks_along(columns, planes["PART"]),)](
             x, up, inverse, low_t, rows, columns, *x.stride(), **planes
         )
@@ -283,13 +288,12 @@ def quantize_hadamard(x: Tensor, up: Tensor | None, block: int, sums: bool) -> t
 
 
 def scales_from(amax: Tensor, sums: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale``, ``inverse`` and ``total`` of `hadamard_scales`; without ``sums`` that is empty."""
+    """``scale``, ``inverse`` and ``total`` (empty without ``sums``) of `hadamard_scales`, on the current device."""
     (groups, columns), new, chosen = amax.shape, Allocator(amax.device), options("hadamard_scales", block)
     scale, inverse, total = new.float32(columns), new.float32(columns), new.float32(columns if sums is not None else 0)
-    with on(amax):
-        hadamard_scales[(blocks_along(columns, chosen["PART"]),)](
-            amax, scale, inverse, sums, total, groups, columns, **chosen
-        )
+    hadamard_scales[(blocks_along(columns, chosen["PART"]),)](
+        amax, scale, inverse, sums, total, groups, columns, **chosen
+    )
     return scale, inverse, total
 
 

@@ -18,10 +18,10 @@ from lightning_int8.kernels.hadamard import (
     _load_operand,
     _options,
     _transform,
+    integers_by_place,
     largest_of_columns,
 )
 from lightning_int8.kernels.hadamard_ops import TOKENS
-from lightning_int8.kernels.integers import _finite_mask, _integer_bits
 from lightning_int8.kernels.launch import CachedLaunch
 from lightning_int8.kernels.plain_rows import MAX_COLUMNS
 from lightning_int8.kernels.planes import blocks_along, padded
@@ -36,25 +36,9 @@ def load_features(x, column_block, row, rows, columns, stride_r, stride_c, PART:
 
 
 @triton.jit
-def _rounded(y, factor, mask, dtype: tl.constexpr):
-    return _integer_bits(y * factor, None, None, mask).to(dtype)
-
-
-@triton.jit
 def integers_of_rows(y0, y1, y2, y3, y4, y5, y6, y7, factor, dtype: tl.constexpr):
     """Integers ``[PART, 128]`` of the eight parts of `_transform`, given the rows' reciprocal scales ``[PART]``."""
-    mask = _finite_mask(factor)[None, :]
-    factor = (factor * _ROOT)[None, :]
-    return _by_place(
-        _rounded(y0, factor, mask, dtype),
-        _rounded(y1, factor, mask, dtype),
-        _rounded(y2, factor, mask, dtype),
-        _rounded(y3, factor, mask, dtype),
-        _rounded(y4, factor, mask, dtype),
-        _rounded(y5, factor, mask, dtype),
-        _rounded(y6, factor, mask, dtype),
-        _rounded(y7, factor, mask, dtype),
-    )
+    return integers_by_place(y0, y1, y2, y3, y4, y5, y6, y7, (factor * _ROOT)[None, :], dtype)
 
 
 @CachedLaunch
