@@ -360,11 +360,21 @@ def test_every_yaml_of_the_study_is_a_run():
         ({"peer": "fp8-columns"}, "must be one of"),
         ({"share": 0}, "above 0"),
         ({"init_from": "a", "branch_from": "b"}, "exclude each other"),
+        ({"learning_rate": "1e-4"}, "a number above 0"),
+        ({"learning_rate": 0.0}, "a number above 0"),
+        ({"learning_rate": 1e-4, "branch_from": "a"}, "no effect on a branch"),
     ],
 )
 def test_wrong_runs(fields, message):
     with pytest.raises(ValueError, match=message):
         Run("one", **fields)
+
+
+def test_a_run_may_have_a_learning_rate_of_its_own(shared, tmp_path):
+    shared = {**shared, "model": {**shared["model"], "learning_rate": 0.5}}
+    curve = train(Run("slow", learning_rate=1e-9), shared, tmp_path / "slow", None)["curve"]["val_loss"]
+    assert len(curve) > 1
+    assert max(curve.values()) == pytest.approx(min(curve.values()), abs=1e-4)
 
 
 def test_wrong_yaml(tmp_path):

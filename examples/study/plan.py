@@ -36,6 +36,7 @@ class Run:
         branch_from: Name of the run whose checkpoint at the study's ``branch_at`` this one goes on with: weights,
             optimizer, batches and learning rate. So the runs have no time to part before what differs between them
             shows.
+        learning_rate: Its highest if it differs from the study's. A branch takes its parent's.
         compile: Mode of `torch.compile` if it differs from the study's.
         share: Of the study's tokens a run, how many this one trains on.
         keep_weights: Whether to leave ``weights.pt``; set for the runs that others start from, or that the probe reads.
@@ -54,6 +55,7 @@ class Run:
     corpus: Corpus = "python"
     init_from: str | None = None
     branch_from: str | None = None
+    learning_rate: float | None = None
     compile: CompileMode | None = None
     share: float = 1.0
     keep_weights: bool = False
@@ -66,6 +68,14 @@ class Run:
             raise ValueError(f"{self.name}: peer={self.peer!r} must be one of {', '.join(map(repr, TORCHAO))}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"{self.name}: share={self.share!r} must be above 0 and at most 1.")
+        rate = self.learning_rate
+        if rate is not None and (not isinstance(rate, (int, float)) or not rate > 0):
+            raise ValueError(f"{self.name}: learning_rate={rate!r} must be a number above 0, in YAML 1.0e-4, not 1e-4.")
+        if rate is not None and self.branch_from is not None:
+            raise ValueError(
+                f"{self.name}: learning_rate={rate!r} has no effect on a branch, which goes on with"
+                f" {self.branch_from!r}'s; use init_from to start from its weights alone, or leave learning_rate out."
+            )
         if self.init_from is not None and self.branch_from is not None:
             raise ValueError(
                 f"{self.name}: init_from={self.init_from!r} and branch_from={self.branch_from!r} exclude each other."

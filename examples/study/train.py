@@ -269,6 +269,6 @@ def _module(run: Run, shared: dict[str, Any], steps: int, on_gpu: bool) -> Llama
         seed=run.seed,
         compile=(run.compile or model["compile"]) if on_gpu else None,
         config=config,  # type: ignore[arg-type]
-        learning_rate=model["learning_rate"],
+        learning_rate=model["learning_rate"] if run.learning_rate is None else run.learning_rate,
         warmup_steps=max(1, min(model["warmup_steps"], steps // 10)),
     )
