@@ -139,6 +139,13 @@ def test_each_section_gets_its_share_of_the_time() -> None:
     assert second == pytest.approx({"gemm": 0.75, "linear": 1.0})
 
 
+def test_gemms_are_timed_at_the_rates_of_their_recipes() -> None:
+    unmixed = resolve_recipe({"preset": "row", "hadamard": False, "budget": 0.3})
+    assert gemm.timed("forward", [ROW, BLOCK]) == {"row": (0.0, 0.05, 0.2), "block": (0.0, 0.2)}
+    assert gemm.timed("wgrad", [ROW, BLOCK]) == {"row": (0.0,), "block": (0.0, 0.2)}
+    assert gemm.timed("wgrad", [ROW, unmixed, resolve_recipe("llm_int8")]) == {"row": (0.0, 0.2, 0.3)}
+
+
 def test_a_wrong_product_is_reported_not_timed(monkeypatch) -> None:
     right = reference.gemm_row
 
@@ -148,7 +155,7 @@ def test_a_wrong_product_is_reported_not_timed(monkeypatch) -> None:
             return right(a, b, bias, dtype) * 1.01
 
     monkeypatch.setattr(gemm.backends, "load", lambda backend: Wrong)
-    cells = gemm.measure("forward", 256, 128, 256, ["row"], [0.2], [], "reference", CPU, None, 1e9)["cells"]
+    cells = gemm.measure("forward", 256, 128, 256, {"row": [0.2]}, [], "reference", CPU, None, 1e9)["cells"]
     assert "SQNR" in cells["row r=0.2"]["error"]
     assert "ms" not in cells["row r=0.2"]
     assert cells["bf16"]["ratio"] == 1.0

@@ -139,13 +139,15 @@ def _noise(tensor: Tensor, device: torch.device) -> Tensor:
     return made.requires_grad_().clone() if tensor.requires_grad else made
 
 
-def run_gemms(shapes: Sequence[tuple[int, int]], tokens: int, scalings: Sequence[str], device: torch.device) -> None:
+def run_gemms(
+    shapes: Sequence[tuple[int, int]], tokens: int, recipes: Sequence[Int8Recipe], device: torch.device
+) -> None:
     """Runs each of this package's GEMMs that the benchmark times once."""
     backend = backends.choose("auto", device)
-    for scaling in scalings:
-        for k, n in shapes:
-            for name, size in gemm.products(tokens, k, n).items():
-                for rate in gemm.RATES:
+    for k, n in shapes:
+        for name, size in gemm.products(tokens, k, n).items():
+            for scaling, rates in gemm.timed(name, recipes).items():
+                for rate in rates:
                     gemm.ours(name, *size, scaling, rate, backend, device)[0]()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,29 @@ from lightning_int8.bench.roofline import Peak, gemm_milliseconds
 from lightning_int8.bench.timing import interleaved, kernel_times, low_precision_share
 from lightning_int8.kernels import backends, reference
 from lightning_int8.kernels.planes import QuantizedMatrix, blocks_along
+from lightning_int8.recipe import Int8Recipe
 
 BLOCK = 128
 CORNER = 256
-# Rates of fallback blocks that are timed.
-RATES = (0.0, 0.2)
+# The rate that is timed beside none and a recipe's budget: the middle of the paper's band.
+BAND = 0.2
 # Lowest SQNR in dB of an output's corners against the reference.
 EXACT = {"row": math.inf, "block": 40.0}
+
+
+def timed(product: str, recipes: Sequence[Int8Recipe]) -> dict[str, tuple[float, ...]]:
+    """The rates of fallback blocks at which ``product`` is timed, by the scalings of ``recipes``.
+
+    None, the budget and :data:`BAND`; none alone in a wgrad where the recipes mix contractions. LLM.int8() has no GEMMs
+    of its own.
+    """
+    found: dict[str, set[float]] = {}
+    for recipe in recipes:
+        if recipe.scaling != "vector":
+            rates = found.setdefault(recipe.scaling, {0.0})
+            if product != "wgrad" or not recipe.mixes:
+                rates |= {BAND} if recipe.budget is None else {recipe.budget, BAND}
+    return {scaling: tuple(sorted(rates)) for scaling, rates in found.items()}
 
 
 def peers(device: torch.device) -> tuple[str, ...]:
@@ -131,8 +147,7 @@ def measure(
     tokens: int,
     k: int,
     n: int,
-    scalings: Sequence[str],
-    rates: Sequence[float],
+    rates: Mapping[str, Sequence[float]],
     peers: Sequence[str],
     backend: str,
     device: torch.device,
@@ -141,6 +156,18 @@ def measure(
 ) -> dict[str, Any]:
     """Times the product ``name`` of an ``[n, k]`` linear over ``tokens`` tokens.
 
+    Args:
+        name: ``forward``, ``dgrad`` or ``wgrad``.
+        tokens: Rows of X.
+        k: In-features.
+        n: Out-features.
+        rates: Rates of fallback blocks by scaling, as of :func:`timed`.
+        peers: As of :func:`peers`.
+        backend: Of this package's GEMMs.
+        device: Where.
+        peak: Of the GPU, if known.
+        bandwidth: Of a copy, bytes a second.
+
     Returns:
         ``product``, ``tokens``, ``k``, ``n`` and ``cells``: for BF16, each scaling at each rate and each peer ``ms``,
         ``tflops`` and ``ratio`` to BF16; ``model_ms`` where the GPU's peaks are known; ``low_precision_share`` for
@@ -148,8 +175,8 @@ def measure(
     """
     rows, columns, depth = products(tokens, k, n)[name]
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {"bf16": lambda: bf16(name, rows, columns, depth, device)}
-    for scaling in scalings:
-        for rate in rates:
+    for scaling, wanted in rates.items():
+        for rate in wanted:
             makers[f"{scaling} r={rate:g}"] = functools.partial(
                 checked, name, rows, columns, depth, scaling, rate, backend, device
             )

@@ -126,7 +126,7 @@ class Run:
         plan = self._plan(workload)
         ours = precisions(plan.recipes, [])[1:]
         if "gemm" in sections:
-            ahead.run_gemms(plan.shapes, plan.tokens, _scalings(ours), self.device)
+            ahead.run_gemms(plan.shapes, plan.tokens, _recipes(ours), self.device)
         if "linear" in sections:
             ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
             for peer in self.peers:
@@ -200,13 +200,13 @@ class Run:
             self.skipped.append(f"{what} from {first} on{rest}: out of time (--seconds {self.args.seconds:g})")
 
     def _gemms(self, plan: Plan, ours: list[Precision], until: float) -> None:
-        tokens = plan.tokens
+        tokens, recipes = plan.tokens, _recipes(ours)
         backend = backends.choose("auto", self.device)
         known = {(line["product"], line["k"], line["n"]) for line in self.measured["gemm"] if line["tokens"] == tokens}
         lines = [(product, k, n) for k, n in plan.shapes for product in ("forward", "dgrad", "wgrad")]
         for product, k, n in self._in_time("GEMM", [line for line in lines if line not in known], until):
             line = gemm.measure(
-                product, tokens, k, n, _scalings(ours), gemm.RATES, gemm.peers(self.device), backend, self.device,
+                product, tokens, k, n, gemm.timed(product, recipes), gemm.peers(self.device), backend, self.device,
                 self.peak, self.bandwidth,
             )  # fmt: skip
             self.measured["gemm"].append(line)
@@ -234,6 +234,5 @@ class Run:
         }  # fmt: skip
 
 
-def _scalings(ours: Sequence[Precision]) -> list[str]:
-    """Those of the recipes that have GEMMs of their own."""
-    return list(dict.fromkeys(p.recipe.scaling for p in ours if p.recipe and p.recipe.scaling != "vector"))
+def _recipes(ours: Sequence[Precision]) -> list[Int8Recipe]:
+    return [precision.recipe for precision in ours if precision.recipe is not None]
