@@ -345,6 +345,8 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
         "fp8-rowwise": low,
         "torchao-int8": high,
         "late": {"skipped": "out of time"},
+        "row": {"ms": 1.0, "ratio": 2.0, "fallback_rate": 0.05},
+        "block": {"ms": 1.0, "ratio": 2.0, "fallback_rate": 0.2},
     }
     results = {
         "gemm": [], "first_step": [],
@@ -354,6 +356,7 @@ def test_a_peer_that_ran_bf16_kernels_is_named() -> None:
     page = "\n".join(table.markdown() for table in report.tables(results))
     assert page.count("ran BF16 kernels") == 2
     assert "| fp8-rowwise | 1.0 (2.00) |" in page
+    assert "| row 0.05, block 0.20 |" in page
     assert "skipped: out of time" in page
     assert "min_features=64" in page
 

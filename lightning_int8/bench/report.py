@@ -92,8 +92,8 @@ def _gemms(lines: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([line["product"], f"{line['k']}, {line['n']}", *texts])
     tokens = lines[0]["tokens"] if lines else 0
     note = (
-        "TFLOP/s of the product (times BF16), percent of the modelled roofline. `r`: rate of fallback blocks, in the "
-        "wgrad of both operands. `int8-torch` is `torch._int_mm`, without scales."
+        "TFLOP/s of the product (times BF16), percent of the modelled roofline. `r`: rate of fallback blocks, in a "
+        "wgrad that has any of both operands. `int8-torch` is `torch._int_mm`, without scales."
     )
     return Table(f"GEMMs, M = {tokens}", note, ["product", "K, N", *heads], rows)
 
@@ -111,17 +111,16 @@ def _linears(lines: Sequence[Mapping[str, Any]]) -> Table:
             + _of_model(line["cells"].get(head, {}))
             for head in heads
         ]
-        rates = [cell["fallback_rate"] for cell in line["cells"].values() if "fallback_rate" in cell]
-        rows.append([f"{line['k']} → {line['n']}", *texts, f"{max(rates):.2f}" if rates else "–"])
+        rates = {head: cell["fallback_rate"] for head, cell in line["cells"].items() if "fallback_rate" in cell}
+        each = ", ".join(f"{head} {rate:.2f}" for head, rate in rates.items())
+        rows.append([f"{line['k']} → {line['n']}", *texts, each or "–"])
     tokens = lines[0]["tokens"] if lines else 0
     weights = sorted({line["weights"] for line in lines})
     note = (
         "Microseconds of GPU time (times BF16), percent of the modelled roofline where there is one. Forward and "
         f"backward with all casts and quantization, weights in {' and '.join(weights)}; torchao's layers are compiled."
     )
-    return Table(
-        f"One linear layer, {tokens} tokens", note, ["in → out", *heads, "fallback rate"], rows
-    )  # fmt: skip
+    return Table(f"One linear layer, {tokens} tokens", note, ["in → out", *heads, "fallback rates"], rows)
 
 
 def _step(line: Mapping[str, Any]) -> Table:
