@@ -22,7 +22,8 @@ MinFeatures = int | Literal["auto"]
 MEASURED: dict[tuple[int, int], dict[str, dict[float, int]]] = {
     # H100, docs/results/2026-11-22-H100-bench.md. `row` at 0.2: 3072 → 3072 takes 0.94 times BF16's speed, 2048 → 8192
     # (3276.8) 1.01 and all larger ones more; at 0.1: 2048 → 2048 0.95, 2560 → 2560 1.06. `block` loses up to 8192, the
-    # largest that was measured. On an H200 with newer kernels 2048 → 2048 still loses (0.96, at 0.2).
+    # largest that was measured. On an H200 with newer kernels 2048 → 2048 still loses (0.96, at 0.2), as it does on an
+    # H100 with contractions mixed (0.96, at 0.05: 2026-11-22-H100-bench-2.md; 4096 → 4096 1.33).
     (9, 0): {"row": {0.1: 2560, 0.2: 3276}, "block": {0.2: 16384}},
 }
 # For other GPUs, which have slower memory beside their INT8 units or kernels that are not made for them.
