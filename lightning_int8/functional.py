@@ -127,8 +127,8 @@ def int8_linear(
             each tensor at hand fall back, at the middle of the recipe's band.
         update_state: Whether this call may seed thresholds and count blocks: true when training. Never under
             ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
-        share_input: Whether to leave ``x``'s planes on ``x`` for the next linear that reads it, and to take those that
-            an earlier one left: see :mod:`lightning_int8.sharing`.
+        share_input: Whether to leave ``x``'s planes on ``x``, where that is an alias made for it, for the next linear
+            that reads it, and to take those that an earlier one left: see :mod:`lightning_int8.sharing`.
         weight_planes: ``weight`` quantized for the forward and the dgrad by the same recipe; ``None``: it is quantized
             here, for each.
 
