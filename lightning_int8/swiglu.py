@@ -24,6 +24,7 @@ from lightning_int8.linear import Int8Linear
 from lightning_int8.operands import QuantizedInput, QuantizedWeight
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.schemes import scheme_of
+from lightning_int8.weight_planes import planes_of_weight
 
 
 class _Int8SwiGLU(torch.autograd.Function):
@@ -235,10 +236,7 @@ def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -
     )
     linears = gate, up, down
     states = tuple(linear.int8_state.on(x.device) if linear.int8_state.operands else (None, None) for linear in linears)
-    kept = tuple(
-        None if linear.int8_kept_weight is None or not (update and grad) else linear.int8_kept_weight.planes
-        for linear in linears
-    )
+    kept = tuple(planes_of_weight(linear) for linear in linears)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         planes = scheme_of(recipe).quantize_input(
