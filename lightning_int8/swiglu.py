@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.functional import autocasts
+from lightning_int8.functional import autocasts, differentiable_once
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.ops import gemm_row
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
@@ -93,6 +93,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         tensors, groups = list(ctx.saved_tensors), []
