@@ -11,6 +11,7 @@ import lightning.pytorch.plugins.precision as trainer_plugins
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
@@ -164,6 +165,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clips each gradient's elements."""
         clip_grad_value(self.main_params(optimizer), clip_val)
+
+    def _evaluates(self) -> bool:
+        return self._trainer().state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
     def _trainer(self) -> pl.Trainer:
         trainer = _trainer_of(self._modules[0])
