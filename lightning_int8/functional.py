@@ -40,7 +40,7 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Elsewhere there is no graph to add to: the backward of a compiled program raises in a second one by itself.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grad_outputs)
         with torch.no_grad():
             gradients = backward(ctx, *grad_outputs)

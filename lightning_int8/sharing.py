@@ -9,7 +9,8 @@ linear, so nothing is left on a tensor of the user's.
 Planes serve as long as the version of the tensor's data, which every view of it shares, is that of when they were made.
 Tensors made under `torch.inference_mode` have no version outside of `torch.compile`, so nothing is shared there: to
 share in evaluation use `torch.no_grad` (`Trainer(inference_mode=False)`), or compile. What PyTorch's own autograd does
-not notice either (a change through `.data` or NumPy inside the forward) is not noticed here.
+not notice either (a change through `.data` or NumPy inside the forward) is not noticed here. Strict `torch.export`
+shares nothing.
 
 The first linear of a group decides by its own threshold which blocks fall back; the others' thresholds for X rest.
 """
@@ -32,7 +33,7 @@ _ATTRIBUTE = "_int8_planes"
 
 class _Entry(NamedTuple):
     key: tuple[Any, ...]
-    version: tuple[int | None, ...]
+    version: tuple[int, ...]
     planes: QuantizedInput
 
 
@@ -73,15 +74,15 @@ def leave_planes(source: Tensor, key: tuple[Any, ...], planes: QuantizedInput) -
             setattr(source, _ATTRIBUTE, _Entry(key, version, planes))
 
 
-def _version(source: Tensor) -> tuple[int | None, ...]:
+def _version(source: Tensor) -> tuple[int, ...]:
     """Which state of its data ``source`` shows; empty where that cannot be told."""
-    if torch.compiler.is_compiling():
-        return _traced_version(source)
+    if torch.compiler.is_dynamo_compiling():
+        return () if _exporting() else _traced_version(source)
     return () if source.is_inference() else (source._version,)
 
 
 @torch._dynamo.nonstrict_trace
-def _traced_version(source: Tensor) -> tuple[int | None, ...]:
+def _traced_version(source: Tensor) -> tuple[int, ...]:
     """The trace, and the version in it of the tensor that stands for ``source`` there: constants of the program.
 
     A compiled program has no versions, and what it leaves when it ends early (a graph break) says nothing about later
@@ -89,8 +90,14 @@ def _traced_version(source: Tensor) -> tuple[int | None, ...]:
     """
     trace = CompileContext.current_trace_id()
     if trace is None:
-        return None, source._version
+        return 0, 0, 0, 0  # Run by a backend that keeps unused calls.
     return trace.compile_id.frame_id, trace.compile_id.frame_compile_id, trace.attempt, source._version
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Whether `torch.export` traces, which does not take the calls of `_traced_version` in its graph."""
+    return torch.compiler.is_exporting()
 
 
 def _alias_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -83,7 +83,7 @@ def planes_of_weight(linear: Int8Linear) -> QuantizedWeight | None:
     kept = linear.int8_kept_weight
     if kept is None or not (linear.training and torch.is_grad_enabled()):
         return None
-    if not torch.compiler.is_compiling() and kept.source != _source(linear.weight):
+    if not torch.compiler.is_dynamo_compiling() and kept.source != _source(linear.weight):
         return None
     return kept.planes
 
