@@ -8,9 +8,9 @@ linear, so nothing is left on a tensor of the user's.
 
 Planes serve as long as the version of the tensor's data, which every view of it shares, is that of when they were made.
 Tensors made under `torch.inference_mode` have no version outside of `torch.compile`, so nothing is shared there: to
-share in evaluation use `torch.no_grad` (`Trainer(inference_mode=False)`), or compile. What PyTorch's own autograd does
-not notice either (a change through `.data` or NumPy inside the forward) is not noticed here. Strict `torch.export`
-shares nothing.
+share in evaluation use `torch.no_grad` (`Trainer(inference_mode=False)`), or compile. Changes without a version inside
+the forward are not noticed, as by PyTorch's autograd: through `.data` or NumPy, or, compiled in inference mode, through
+another argument that has the same memory. Strict `torch.export` shares nothing.
 
 The first linear of a group decides by its own threshold which blocks fall back; the others' thresholds for X rest.
 """
