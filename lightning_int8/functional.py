@@ -13,10 +13,13 @@ unless its planes are kept between optimizer steps (:mod:`lightning_int8.weight_
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functions
 from torch.nn import functional as F
 
 from lightning_int8.kernels import backends
@@ -26,6 +29,31 @@ from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.schemes import scheme_of
 from lightning_int8.sharing import leave_planes, shared_planes
 from lightning_int8.threshold import FallbackState
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward whose gradients raise when they are differentiated again, instead of passing for constants.
+
+    PyTorch's ``once_differentiable`` lets gradients pass whose dY is a constant, though dX depends on W and dW on X.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # Elsewhere there is no graph to add to: the backward of a compiled program raises in a second one by itself.
+        if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grad_outputs)
+        with torch.no_grad():
+            gradients = backward(ctx, *grad_outputs)
+        error = _functions.DelayedError(_TWICE, len(gradients))
+        return error(*[None if g is None else g.detach().requires_grad_() for g in gradients])
+
+    return wrapper
+
+
+_TWICE = (
+    b"An INT8 linear cannot be differentiated twice (gradient penalties, Hessian-vector products). Name the layers "
+    b"that such a loss goes through in ignore_modules, or train them without INT8."
+)
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -72,6 +100,7 @@ class _Int8Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         weight, weight_scale, *saved = ctx.saved_tensors
@@ -112,7 +141,7 @@ def int8_linear(
     share_input: bool = False,
     weight_planes: QuantizedWeight | None = None,
 ) -> Tensor:
-    """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable.
+    """``x @ weightᵀ + bias`` with forward, dgrad and wgrad in INT8, as ``recipe`` says. Differentiable, once.
 
     Under autocast ``x`` is cast to the autocast dtype as ``F.linear`` would; the weight is quantized from its own
     dtype. NaN and infinities come out as NaN at least wherever full precision would have NaN or an infinity: scales
@@ -127,8 +156,8 @@ def int8_linear(
             each tensor at hand fall back, at the middle of the recipe's band.
         update_state: Whether this call may seed thresholds and count blocks: true when training. Never under
             ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
-        share_input: Whether to leave ``x``'s planes on ``x`` for the next linear that reads it, and to take those that
-            an earlier one left: see :mod:`lightning_int8.sharing`.
+        share_input: Whether to leave ``x``'s planes on ``x``, where that is an alias made for it, for the next linear
+            that reads it, and to take those that an earlier one left: see :mod:`lightning_int8.sharing`.
         weight_planes: ``weight`` quantized for the forward and the dgrad by the same recipe; ``None``: it is quantized
             here, for each.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from lightning_int8.kernels import backends
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.tensor_parallel import sharded_int8_linear
 from lightning_int8.threshold import FallbackState
-from lightning_int8.weight_planes import KeptWeight
+from lightning_int8.weight_planes import KeptWeight, planes_of_weight
 
 
 class Int8Linear(nn.Linear):
@@ -68,13 +67,12 @@ class Int8Linear(nn.Linear):
         }
         if hasattr(self.weight, "device_mesh"):
             return sharded_int8_linear(input, self.weight, self.bias, **options)
-        kept = self.int8_kept_weight if self.training and torch.is_grad_enabled() else None
         return int8_linear(
             input,
             self.weight,
             self.bias,
             share_input=self.int8_shares_input,
-            weight_planes=None if kept is None else kept.planes,
+            weight_planes=planes_of_weight(self),
             **options,
         )
 

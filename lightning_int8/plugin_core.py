@@ -21,6 +21,7 @@ from lightning_int8.linear import Int8Linear
 from lightning_int8.names import near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
+from lightning_int8.resume import changed_fields, falls_back, threshold_fields
 from lightning_int8.small_layers import MinFeatures, check_min_features
 from lightning_int8.threshold import FallbackState, fallback_states, update_thresholds
 from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes, linears_to_keep
@@ -33,12 +34,14 @@ T = TypeVar("T")
 class Int8PluginCore:
     """Mixed in before Lightning's ``FSDPPrecision`` (the Trainer's or Fabric's) by the two plugins.
 
-    Subclasses set ``_plugins`` to the package that holds Lightning's precision plugins for them, and ``_used_with`` to
-    what they work with, for messages.
+    Subclasses set ``_plugins`` to the package that holds Lightning's precision plugins for them and, for messages,
+    ``_used_with`` to what they work with and ``_seeds_anew`` to how saved thresholds are left behind (``{}``: the
+    class's name).
     """
 
     _plugins: ModuleType
     _used_with: str
+    _seeds_anew: str
 
     def _init_core(
         self,
@@ -213,6 +216,7 @@ class Int8PluginCore:
         """Thresholds by layer name and, with ``"16-mixed"``, the gradient scaler: tensors and plain types."""
         state: dict[str, Any] = {
             "recipe": self.recipe.describe(),
+            "recipe_fields": threshold_fields(self.recipe),
             "thresholds": {name: layer.state_dict() for name, layer in self._states().items()},
         }
         if self.scaler is not None:
@@ -222,13 +226,16 @@ class Int8PluginCore:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned; before the model is set up, as soon as it is.
 
+        Where the recipe has changed since, thresholds that still have a meaning go on from where they were, with a
+        warning. Others are refused in training, and left out with a warning in evaluation, which seeds its own.
+
         Raises:
-            ValueError: The saved layers are not the converted ones, or the recipe has other operands.
+            ValueError: The saved layers are not the converted ones, or thresholds have no meaning for the recipe.
         """
         if self._modules:
-            self._load_thresholds(state_dict.get("thresholds", {}))
+            self._load_thresholds(state_dict)
         else:
-            self._pending_thresholds = state_dict.get("thresholds", {})
+            self._pending_thresholds = state_dict
         scaler = state_dict.get("scaler")
         if scaler is None:
             return
@@ -237,8 +244,41 @@ class Int8PluginCore:
         elif self._outer is None:
             self._pending_scaler = scaler
 
-    def _load_thresholds(self, saved: Mapping[str, Any]) -> None:
-        states = self._states()
+    def _recipe_changes(self, state_dict: Mapping[str, Any]) -> tuple[str, str]:
+        """Why saved thresholds have no meaning for the recipe, and which fields only move them; empty for neither."""
+        fields = threshold_fields(self.recipe)
+        # Older checkpoints lack the fields; whose operands differ is told layer by layer.
+        before = state_dict.get("recipe_fields", fields)
+        if not falls_back(fields) and state_dict.get("thresholds"):
+            return f"the recipe {self.recipe.describe()} has no fallback", ""
+        if not falls_back(before):
+            return f"the recipe it was trained with, {state_dict.get('recipe')}, has no fallback", ""
+        return changed_fields(before, self.recipe)
+
+    def _evaluates(self) -> bool:
+        """Whether what is restored will only be evaluated."""
+        return False
+
+    def _load_thresholds(self, state_dict: Mapping[str, Any]) -> None:
+        states, seeds_anew = self._states(), self._seeds_anew.format(type(self).__qualname__)
+        saved = state_dict.get("thresholds", {})
+        reason, moved = self._recipe_changes(state_dict) if saved or states else ("", "")
+        if reason and self._evaluates():
+            rank_zero_warn(
+                f"The checkpoint's INT8 thresholds are left out, since {reason}. Of each tensor its own largest blocks "
+                "fall back instead, as far as the recipe has fallback."
+            )
+            return
+        if reason:
+            raise ValueError(
+                f"The checkpoint's INT8 thresholds cannot be used, since {reason}. Resume with the recipe it was "
+                f"trained with ({state_dict.get('recipe')}), or seed new thresholds by {seeds_anew}."
+            )
+        if moved:
+            rank_zero_warn(
+                f"The checkpoint's INT8 thresholds were made under another recipe: {moved}. They are used as they are, "
+                "and move to the new rates while training."
+            )
         missing = [name for name in states if name not in saved]
         unknown = [name for name in saved if name not in states]
         if missing or unknown:
@@ -251,14 +291,13 @@ class Int8PluginCore:
                 parts.append(f"lacks thresholds for {_some(missing)}")
             raise ValueError(
                 f"The checkpoint's INT8 state {' and '.join(parts)}. Resume with the model, recipe and ignore_modules "
-                f"it was trained with, or delete checkpoint[{type(self).__qualname__!r}] to seed new thresholds."
+                f"it was trained with, or seed new thresholds by {seeds_anew}."
             )
         for name, state in states.items():
             try:
                 state.load_state_dict(saved[name])
             except ValueError as error:
-                where = f"checkpoint[{type(self).__qualname__!r}]"
-                raise ValueError(f"{name}: {error} (Deleting {where} drops them.)") from None
+                raise ValueError(f"{name}: {error} (They are dropped by {seeds_anew}.)") from None
 
 
 def _print_table(report: ConversionReport) -> None:

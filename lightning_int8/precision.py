@@ -11,6 +11,7 @@ import lightning.pytorch.plugins.precision as trainer_plugins
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
@@ -48,8 +49,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
             this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
             GPU; 0: none.
         keep_weights: Whether each weight's INT8 planes (two bytes a weight) are kept from the first micro-batch to the
-            optimizer step instead of made twice for each. "auto": when gradients are accumulated. Sharded weights
-            never are.
+            optimizer step instead of made twice for each. "auto": when gradients are accumulated. Sharded weights, and
+            those that a hook makes (weight norm), never are. Where ``training_step`` itself changes weights before the
+            forward of a compiled layer (SAM), give false: eager layers notice.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -61,6 +63,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         "it needs the Trainer of `from lightning.pytorch import Trainer`, not of `pytorch_lightning`; for Fabric use "
         "lightning_int8.FabricFallbackInt8Precision"
     )
+    _seeds_anew = "deleting checkpoint['{}']"
 
     def __init__(
         self,
@@ -162,6 +165,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clips each gradient's elements."""
         clip_grad_value(self.main_params(optimizer), clip_val)
+
+    def _evaluates(self) -> bool:
+        return self._trainer().state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
     def _trainer(self) -> pl.Trainer:
         trainer = _trainer_of(self._modules[0])

@@ -1,10 +1,16 @@
 """One activation is quantized once: linears that read the same tensor (q/k/v, gate/up) share its planes.
 
-Where a module directly holds several INT8 linears, the first of them leaves the planes of its input on the input tensor
-itself, and the next ones take them from there. So that nothing is ever left on a tensor of the user's, and so that a
-traced program (`torch.compile`, also under activation checkpointing) only changes tensors of its own, such a module
-gets aliases of its arguments; the planes go with the aliases when its forward ends. They are also what each linear
-saves for its backward, so that memory is shared as well.
+Where a module directly holds several INT8 linears, it gets aliases of its arguments, and the first linear that reads
+such an alias leaves the planes on it for the next ones. They go with the alias when the forward ends, and are also what
+each linear saves for its backward, so that memory is shared as well. Only those aliases ever carry planes: a tensor
+inside a list or dict, one that the forward makes itself, or one given to the linears outside of it is quantized by each
+linear, so nothing is left on a tensor of the user's.
+
+Planes serve as long as the version of the tensor's data, which every view of it shares, is that of when they were made.
+Tensors made under `torch.inference_mode` have no version outside of `torch.compile`, so nothing is shared there: to
+share in evaluation use `torch.no_grad` (`Trainer(inference_mode=False)`), or compile. Changes without a version inside
+the forward are not noticed, as by PyTorch's autograd: through `.data` or NumPy, or, compiled in inference mode, through
+another argument that has the same memory. Strict `torch.export` shares nothing.
 
 The first linear of a group decides by its own threshold which blocks fall back; the others' thresholds for X rest.
 """
@@ -15,16 +21,19 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch._guards import CompileContext
 
 from lightning_int8.operands import QuantizedInput
 
+# On aliases made here alone: None, or what a linear has left.
 _ATTRIBUTE = "_int8_planes"
 
 
 class _Entry(NamedTuple):
     key: tuple[Any, ...]
-    version: int
+    version: tuple[int, ...]
     planes: QuantizedInput
 
 
@@ -51,23 +60,44 @@ def shared_planes(source: Tensor, key: tuple[Any, ...], wgrad: bool) -> Quantize
         wgrad: Whether the transposed planes are needed.
     """
     entry: _Entry | None = getattr(source, _ATTRIBUTE, None)
-    if entry is None or entry.key != key or entry.version != _version(source) or (wgrad and not entry.planes.saved):
+    if entry is None or entry.version != _version(source) or entry.key != key or (wgrad and not entry.planes.saved):
         return None
     return entry.planes
 
 
 def leave_planes(source: Tensor, key: tuple[Any, ...], planes: QuantizedInput) -> None:
-    """Leaves the planes of ``source`` for the next linears that read it."""
+    """Leaves the planes of ``source`` for the next linears that read it, if it is an alias made here."""
     # LLM.int8()'s remainder belongs to one weight.
-    if planes.remainder is None:
-        setattr(source, _ATTRIBUTE, _Entry(key, _version(source), planes))
+    if hasattr(source, _ATTRIBUTE) and planes.remainder is None:
+        version = _version(source)
+        if version:
+            setattr(source, _ATTRIBUTE, _Entry(key, version, planes))
 
 
-def _version(source: Tensor) -> int:
-    """How often ``source`` was changed in place; a traced program has no in-place changes, nor inference tensors."""
-    if torch.compiler.is_compiling() or source.is_inference():
-        return 0
-    return source._version
+def _version(source: Tensor) -> tuple[int, ...]:
+    """Which state of its data ``source`` shows; empty where that cannot be told."""
+    if torch.compiler.is_dynamo_compiling():
+        return () if _exporting() else _traced_version(source)
+    return () if source.is_inference() else (source._version,)
+
+
+@torch._dynamo.nonstrict_trace
+def _traced_version(source: Tensor) -> tuple[int, ...]:
+    """The trace, and the version in it of the tensor that stands for ``source`` there: constants of the program.
+
+    A compiled program has no versions, and what it leaves when it ends early (a graph break) says nothing about later
+    changes: it serves no other trace, nor eager code.
+    """
+    trace = CompileContext.current_trace_id()
+    if trace is None:
+        return 0, 0, 0, 0  # Run by a backend that keeps unused calls.
+    return trace.compile_id.frame_id, trace.compile_id.frame_compile_id, trace.attempt, source._version
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Whether `torch.export` traces, which does not take the calls of `_traced_version` in its graph."""
+    return torch.compiler.is_exporting()
 
 
 def _alias_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -75,4 +105,8 @@ def _alias_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _alias(value: Any) -> Any:
-    return value.view_as(value) if type(value) is Tensor and value.is_floating_point() else value
+    if type(value) is not Tensor or not value.is_floating_point():
+        return value
+    alias = value.view_as(value)
+    setattr(alias, _ATTRIBUTE, None)
+    return alias

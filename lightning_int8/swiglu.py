@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.functional import autocasts
+from lightning_int8.functional import autocasts, differentiable_once
 from lightning_int8.kernels import backends
 from lightning_int8.kernels.ops import gemm_row
 from lightning_int8.kernels.planes import MAX_WGRAD_TOKENS, QuantizedMatrix
@@ -24,7 +24,7 @@ from lightning_int8.linear import Int8Linear
 from lightning_int8.operands import QuantizedInput, QuantizedWeight
 from lightning_int8.recipe import Int8Recipe
 from lightning_int8.schemes import scheme_of
-from lightning_int8.sharing import leave_planes, shared_planes
+from lightning_int8.weight_planes import planes_of_weight
 
 
 class _Int8SwiGLU(torch.autograd.Function):
@@ -93,6 +93,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         tensors, groups = list(ctx.saved_tensors), []
@@ -222,7 +223,7 @@ def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -
     Returns:
         ``[..., L]`` in ``x``'s dtype (the autocast dtype under autocast).
     """
-    source, recipe, update = x, gate.int8_recipe, gate.training
+    recipe, update = gate.int8_recipe, gate.training
     autocast = autocasts(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     backend = backends.choose(recipe.backend, x.device)
@@ -236,19 +237,12 @@ def int8_swiglu(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -
     )
     linears = gate, up, down
     states = tuple(linear.int8_state.on(x.device) if linear.int8_state.operands else (None, None) for linear in linears)
-    kept = tuple(
-        None if linear.int8_kept_weight is None or not (update and grad) else linear.int8_kept_weight.planes
-        for linear in linears
-    )
-    key = (recipe, update, dtype)
+    kept = tuple(planes_of_weight(linear) for linear in linears)
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        planes = shared_planes(source, key, needs[1])
-        if planes is None:
-            planes = scheme_of(recipe).quantize_input(
-                flat.detach().to(dtype), gate.weight.detach(), states[0][0], update, needs[1], backend
-            )
-            leave_planes(source, key, planes)
+        planes = scheme_of(recipe).quantize_input(
+            flat.detach().to(dtype), gate.weight.detach(), states[0][0], update, needs[1], backend
+        )
         y = _Int8SwiGLU.apply(
             flat, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, planes, kept, states, update,
             recipe, backend, dtype, needs,

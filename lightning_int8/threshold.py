@@ -84,14 +84,20 @@ class FallbackState:
         return self.recipe.activation_band if operand == "x" else self.recipe.gradient_band
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``parts`` on ``device``, made on first use and moved when the layer has moved."""
+        """``parts`` on ``device``, made on first use and moved when the layer has moved; none stay on ``meta``."""
+        if device.type == "meta":
+            # A forward for shapes alone must not lose what is known.
+            return self._fresh().to(device), self._fresh().to(device)
         if self.parts is None:
-            fresh = torch.zeros(len(self.operands), self.columns)
-            fresh[:, [THRESHOLD, RATE]] = float("nan")
-            self._set(fresh, device)
+            self._set(self._fresh(), device)
         elif self.device != device:
             self._set(rows_in_use([self.parts], self.columns), device)
         return self.parts  # type: ignore[return-value]
+
+    def _fresh(self) -> Tensor:
+        fresh = torch.zeros(len(self.operands), self.columns)
+        fresh[:, [THRESHOLD, RATE]] = float("nan")
+        return fresh
 
     def _set(self, tensor: Tensor, device: torch.device) -> None:
         # A forward under inference_mode must not make an inference tensor that training could not update.

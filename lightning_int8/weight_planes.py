@@ -4,6 +4,11 @@ Without this, each micro-batch quantizes every weight twice, for its forward and
 micro-batch that is a fifth of the step. Kept planes cost two bytes a weight. They are only read in training; whoever
 runs the steps makes them before a micro-batch (:func:`keep_weight_planes`, which renews those whose weight has changed)
 and drops them after the optimizer step, which may change weights in ways that PyTorch does not notice.
+
+A layer reads its planes while its weight has the address and the version that they were made of. Code of
+`torch.compile` cannot ask for a version: there a weight that changes between `keep_weight_planes` and the forward (SAM
+inside a `training_step`) is multiplied as it was before. Fabric's plugin renews planes before each forward of a module
+that it has set up, so that this holds for the Trainer's alone, with accumulated gradients or ``keep_weights=True``.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_int8.kernels import backends
 from lightning_int8.operands import QuantizedWeight
@@ -44,16 +49,17 @@ def linears_to_keep(module: nn.Module) -> list[Int8Linear]:
 def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
     """Quantizes the weights whose planes are not kept yet, or are no longer those of the weight.
 
-    Weights that are shards (FSDP, tensor parallelism) are left out, since whole ones come and go with each forward.
+    Weights that are shards (FSDP, tensor parallelism) are left out, since whole ones come and go with each forward, as
+    are those that a hook or parametrization makes anew (weight norm, pruning).
 
     Args:
         module: The converted module, or its :func:`linears_to_keep`.
     """
     for linear in linears_to_keep(module) if isinstance(module, nn.Module) else module:
-        if not linear.training or not _is_whole(linear):
+        if not linear.training or not _has_whole_parameter(linear):
             continue
         weight = linear.weight
-        source = weight.data_ptr(), weight._version
+        source = _source(weight)
         if linear.int8_kept_weight is None or linear.int8_kept_weight.source != source:
             recipe = linear.int8_recipe
             backend = backends.choose(recipe.backend, weight.device)
@@ -72,6 +78,24 @@ def drop_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
             linear.int8_kept_weight = None
 
 
-def _is_whole(linear: Int8Linear) -> bool:
-    weight = linear.weight
-    return not hasattr(weight, "device_mesh") and tuple(weight.shape) == (linear.out_features, linear.in_features)
+def planes_of_weight(linear: Int8Linear) -> QuantizedWeight | None:
+    """The planes that are kept of the weight as it is now; ``None`` outside of training."""
+    kept = linear.int8_kept_weight
+    if kept is None or not (linear.training and torch.is_grad_enabled()):
+        return None
+    if not torch.compiler.is_dynamo_compiling() and kept.source != _source(linear.weight):
+        return None
+    return kept.planes
+
+
+def _source(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
+
+
+def _has_whole_parameter(linear: Int8Linear) -> bool:
+    weight = linear._parameters.get("weight")
+    return (
+        weight is not None
+        and not hasattr(weight, "device_mesh")
+        and tuple(weight.shape) == (linear.out_features, linear.in_features)
+    )

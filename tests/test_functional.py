@@ -501,3 +501,34 @@ def test_compiled_without_graph_breaks_or_recompiles(recipe):
             update_thresholds([eager_state])
             update_thresholds([state])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("constant_dy", [False, True])
+def test_differentiating_twice_raises(recipe, constant_dy):
+    x = torch.randn(32, 64, requires_grad=True)
+    weight = torch.randn(48, 64, requires_grad=True)
+    y = int8_linear(x.tanh(), weight, recipe=recipe)
+    (gradient,) = torch.autograd.grad((y if constant_dy else y.square()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"INT8 linear cannot be differentiated twice.*ignore_modules"):
+        gradient.square().sum().backward()
+
+
+def test_a_graph_of_the_backward_changes_no_gradient():
+    x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    for checkpointed in (False, True):
+        grads = []
+        for create_graph in (False, True):
+            y = checkpoint(int8_linear, x, weight, use_reentrant=False) if checkpointed else int8_linear(x, weight)
+            grads.append(torch.autograd.grad(y.square().sum(), (x, weight), create_graph=create_graph))
+        for once, graph in zip(*grads, strict=True):
+            assert torch.equal(once, graph.detach())
+
+
+def test_a_compiled_layer_raises_as_well():
+    weight = torch.randn(48, 64, requires_grad=True)
+    compiled = torch.compile(lambda x: int8_linear(x, weight), backend="aot_eager", fullgraph=True)
+    x = torch.randn(32, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_int8 import PRESETS, FabricFallbackInt8Precision, FallbackInt8Precision, Int8Linear, fallback_states
 from lightning_int8.threshold import THRESHOLD
@@ -27,6 +29,8 @@ from tests.tiny import (
     trainer,
     updates,
 )
+
+BANDS = {"activation_band": (0.1, 0.3), "gradient_band": (0.1, 0.3)}
 
 
 def plugin(**kwargs: Any) -> FallbackInt8Precision:
@@ -286,10 +290,14 @@ def test_a_checkpoint_of_other_layers_or_another_recipe_is_an_error(tmp_path):
     run.save_checkpoint(path)
     with pytest.raises(ValueError, match=r"has thresholds for model\.lm_head, not an INT8 layer.*ignore_modules"):
         trainer(tmp_path, plugin=plugin(ignore_modules=["lm_head"])).fit(TinyModule(), ckpt_path=path)
-    fix = r"model\.layers\.0\.up_proj: Thresholds for operands \['x', 'dy_dgrad'.*Deleting checkpoint\['Fallback"
-    with pytest.raises(ValueError, match=fix):
+    with pytest.raises(ValueError, match=r"scaling was 'row' and is 'block'.*deleting checkpoint\['FallbackInt8Prec"):
         trainer(tmp_path, plugin=plugin(recipe="block")).fit(TinyModule(), ckpt_path=path)
     saved = torch.load(path, weights_only=True)
+    del saved["FallbackInt8Precision"]["recipe_fields"]  # as before there were any
+    torch.save(saved, path)
+    fix = r"model\.layers\.0\.up_proj: Thresholds for operands .* by deleting checkpoint\['FallbackInt8Precision'\]"
+    with pytest.raises(ValueError, match=fix):
+        trainer(tmp_path, plugin=plugin(recipe="block")).fit(TinyModule(), ckpt_path=path)
     del saved["FallbackInt8Precision"]
     torch.save(saved, path)
     model = TinyModule()
@@ -300,6 +308,77 @@ def test_a_checkpoint_of_other_layers_or_another_recipe_is_an_error(tmp_path):
     run.save_checkpoint(path)
     with pytest.raises(ValueError, match=r"lacks thresholds for model\.lm_head"):
         trainer(tmp_path, plugin=plugin()).fit(TinyModule(), ckpt_path=path)
+
+
+def saved_run(tmp_path, recipe: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A checkpoint of a run with ``recipe``, and its thresholds."""
+    run, model = trainer(tmp_path, plugin=plugin(recipe=recipe)), TinyModule()
+    run.fit(model)
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    return tmp_path / "saved.ckpt", thresholds(model)
+
+
+BLOCK = {"preset": "block", "block_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (BLOCK, {**BLOCK, "block_size": 32}, "since block_size was 16 and is 32"),
+        (BLOCK, RECIPE, "since scaling was 'block' and is 'row', hadamard was False and is True"),
+        (
+            RECIPE,
+            {"block_size": 16, "hadamard": False, "budget": None, **BANDS},
+            "since hadamard was True and is False",
+        ),
+        ({"block_size": 16}, RECIPE, r"since budget was 0\.05 and is None"),
+        (BLOCK, "rowwise", "since the recipe rowwise has no fallback"),
+        ("rowwise", BLOCK, "since the recipe it was trained with, rowwise, has no fallback"),
+    ],
+)
+def test_thresholds_without_a_meaning_for_the_recipe_are_refused_and_left_out_of_an_evaluation(
+    tmp_path, before, after, says
+):
+    path, _ = saved_run(tmp_path, before)
+    with pytest.raises(ValueError, match=rf"cannot be used, {says}.*trained with \(.*deleting checkpoint\['Fallback"):
+        trainer(tmp_path, plugin=plugin(recipe=after), max_epochs=2).fit(TinyModule(), ckpt_path=path)
+    model = TinyModule()
+    with pytest.warns(UserWarning, match=f"left out, {says}"):
+        trainer(tmp_path, plugin=plugin(recipe=after)).validate(model, ckpt_path=path, verbose=False)
+    assert not any(table[0, THRESHOLD].isfinite() for table in thresholds(model).values())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"block_size": 16}, {"block_size": 16, "budget": 0.1}, r"budget was 0\.05 and is 0\.1\. They"),
+        (
+            BLOCK,
+            {**BLOCK, "activation_band": (0.2, 0.4), "threshold_factor": 1.2},
+            r"activation_band was \(0\.1, 0\.3\) and is \(0\.2, 0\.4\)\. They",
+        ),
+        (BLOCK, {**BLOCK, "wgrad": False}, r"wgrad was True and is False\. They"),
+    ],
+)
+def test_thresholds_that_adapt_to_the_recipe_go_on_with_one_warning(tmp_path, before, after, says):
+    path, saved = saved_run(tmp_path, before)
+    model, seen = TinyModule(), []
+    model.on_train_start = lambda: seen.append(thresholds(model))
+    with pytest.warns(UserWarning, match="under another recipe") as warned:
+        trainer(tmp_path, plugin=plugin(recipe=after), max_epochs=2).fit(model, ckpt_path=path)
+    (text,) = [str(w.message) for w in warned if "another recipe" in str(w.message)]
+    assert re.search(says, text)
+    assert_same(saved, seen[0])
+
+
+def test_what_thresholds_do_not_depend_on_may_change_in_silence(tmp_path):
+    path, _ = saved_run(tmp_path, BLOCK)
+    changed = {**BLOCK, "threshold_factor": 1.2, "stochastic_rounding": "nothing", "backend": "reference"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, plugin=plugin(recipe=changed), max_epochs=2).fit(TinyModule(), ckpt_path=path)
+        trainer(tmp_path, plugin=plugin(recipe="rowwise")).validate(TinyModule(), verbose=False)
+    assert not any("INT8 thresholds" in str(w.message) for w in caught)
 
 
 @pytest.mark.skipif(not hasattr(lightning_callbacks, "WeightAveraging"), reason="needs lightning 2.6")
@@ -440,7 +519,9 @@ def test_the_summary_is_logged_once(tmp_path, caplog, capsys):
 
 
 def test_state_before_any_fit_is_empty():
-    assert plugin().state_dict() == {"recipe": RECIPE.describe(), "thresholds": {}}
+    state = plugin().state_dict()
+    assert state.pop("recipe_fields")["block_size"] == RECIPE.block_size
+    assert state == {"recipe": RECIPE.describe(), "thresholds": {}}
 
 
 class ShardedModule(TinyModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -169,3 +170,105 @@ def test_what_is_saved_for_backward_is_shared(recipe, most):
         module(x)
     # Two activations of 128 × 64, each as its transposed base plane, and unmixed up to 0.375 of it for fallback blocks.
     assert 2 * 128 * 64 <= sum(saved.values()) <= 2 * 128 * 64 * most
+
+
+class Residual(nn.Module):
+    """Two linears, between which the tensor that both read is changed in place, in a way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.a, self.b = way, nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        if self.way == "residual":
+            x += 3 * first
+        elif self.way == "method":
+            x.mul_(-1)
+        elif self.way == "through a view":
+            x.view(-1).neg_()
+        elif self.way == "out":
+            torch.neg(x, out=x)
+        else:
+            torch._dynamo.graph_break()
+            x.neg_()
+            torch._dynamo.graph_break()
+        return first + self.b(x)
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("way", ["residual", "method", "through a view", "out", "between graphs"])
+def test_what_changes_in_place_between_siblings_is_quantized_again(way, mode, backend):
+    torch.manual_seed(1)
+    plain, module = Residual(way), Residual(way)
+    module.load_state_dict(plain.state_dict())
+    convert_to_int8(module, "row")
+    torch._dynamo.reset()
+    with mode():
+        x = torch.randn(32, 64)
+        target = torch.compile(module, backend=backend) if backend else module
+        expected, y = plain(x.clone()), target(x.clone())
+    assert torch.linalg.vector_norm(y - expected) < 0.02 * torch.linalg.vector_norm(expected)
+
+
+def test_evaluation_without_gradients_shares(calls):
+    with torch.no_grad():
+        converted().eval()(torch.randn(32, 64))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("inputs", ["arguments", "keywords", "a dict", "linears called from outside"])
+def test_nothing_is_left_on_a_tensor_of_the_users(calls, inputs):
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, batch: Any) -> Tensor:
+            x = batch["x"] if isinstance(batch, dict) else batch
+            return self.a(x) + self.b(x)
+
+    module = Pair()
+    convert_to_int8(module, {"block_size": 16})
+    x = torch.randn(32, 64)
+    for _ in range(2):
+        if inputs == "arguments":
+            module(x)
+        elif inputs == "keywords":
+            module(batch=x)
+        elif inputs == "a dict":
+            module({"x": x})
+        else:
+            module.a(x), module.b(x)
+    assert not vars(x)
+    # What is not an argument is quantized by each linear, which so counts blocks in every step.
+    assert len(calls) == (2 if inputs in ("arguments", "keywords") else 4)
+
+
+def test_threads_and_repeated_calls_get_the_same_planes():
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with ThreadPoolExecutor(4) as pool:
+                outs = list(pool.map(lambda linear: linear(x), [self.a, self.b] * 4))
+            return sum(outs) + self.a(x) + self.b(x)
+
+    torch.manual_seed(1)
+    module = Threaded()
+    convert_to_int8(module, {"block_size": 16})
+    x = torch.randn(32, 64)
+    module.a(x)  # seeds the threshold of the first, whichever that is
+    module.b(x)
+    assert torch.allclose(module(x), 5 * (module.a(x) + module.b(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_group_can_be_exported(strict):
+    module, x = converted().eval(), torch.randn(32, 64)
+    exported = torch.export.export(module, (x,), strict=strict).module()
+    assert torch.allclose(exported(x), module(x), rtol=1e-5, atol=1e-5)

@@ -326,3 +326,10 @@ def test_copies_and_pickles_stay_fused(fused_calls):
         assert torch.equal(twin(x), wanted)
         assert isinstance(twin, SwiGLU)
     assert len(fused_calls) == 3
+
+
+def test_differentiating_twice_raises():
+    x = torch.randn(32, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(converted()(x.tanh()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+        gradient.square().sum().backward()

@@ -244,3 +244,22 @@ def test_deep_copies_do_not_share_state():
     clone = copy.deepcopy(model)
     model(batches(1)[0]).sum().backward()
     assert all(math.isnan(t[0, THRESHOLD]) for t in thresholds(clone).values())
+
+
+@pytest.mark.strict
+def test_a_forward_on_the_meta_device_leaves_no_thresholds_there():
+    with torch.device("meta"):
+        fresh = torch.nn.Linear(WIDTH, WIDTH)
+    convert_to_int8(fresh, RECIPE)
+    assert fresh(torch.empty(4, WIDTH, device="meta")).shape == (4, WIDTH)
+    assert fallback_states(fresh)[""].state_dict() == {}
+    fresh.to_empty(device="cpu")
+    torch.nn.init.normal_(fresh.weight)
+    torch.nn.init.zeros_(fresh.bias)
+    fresh(torch.randn(4, WIDTH))
+    known = thresholds(fresh)
+    assert known[""][0, THRESHOLD] > 0
+    # The same layer asked for shapes alone keeps what it knows.
+    meta = {name: parameter.to("meta") for name, parameter in fresh.named_parameters()}
+    torch.func.functional_call(fresh, meta, (torch.empty(4, WIDTH, device="meta"),))
+    assert_same(thresholds(fresh), known)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from types import ModuleType
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lightning_int8 import (
     PRESETS,
@@ -90,7 +94,16 @@ def linear(recipe: Int8Recipe | str = RECIPE) -> nn.Linear:
     return module
 
 
-def output(module: nn.Linear) -> Tensor:
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 80), nn.Linear(64, 80), nn.Linear(80, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def output(module: nn.Module) -> Tensor:
     return module(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)))
 
 
@@ -178,3 +191,78 @@ def test_an_unknown_value_is_refused():
     for plugin in (FallbackInt8Precision, FabricFallbackInt8Precision):
         with pytest.raises(ValueError, match=r"keep_weights='always'.*true, false or 'auto'"):
             plugin(keep_weights="always")
+
+
+@pytest.mark.strict
+@pytest.mark.parametrize("layer", ["linear", "fused SwiGLU"])
+def test_a_weight_changed_inside_a_step_is_read_itself(layer):
+    """As sharpness-aware minimization does: two forwards, the second with other weights, then these again."""
+    torch.manual_seed(0)
+    module = nn.Linear(64, 48) if layer == "linear" else SwiGLU()
+    convert_to_int8(module, RECIPE)
+    before, after = [], []
+    for keep, seen in ((False, before), (True, after)):
+        if keep:
+            keep_weight_planes(module)
+        for factor in (1, 2, 0.5):
+            with torch.no_grad():
+                for weight in module.parameters():
+                    weight.mul_(factor)
+            seen.append(output(module))
+        drop_weight_planes(module)
+    for apart, kept in zip(before, after, strict=True):
+        assert torch.equal(apart, kept)
+
+
+@pytest.mark.strict
+def test_weights_passed_to_functional_call_are_read_themselves():
+    module = linear()
+    other = {"weight": torch.randn(48, 64), "bias": torch.zeros(48)}
+    x = torch.randn(32, 64)
+    apart = torch.func.functional_call(module, other, (x,))
+    keep_weight_planes(module)
+    assert torch.equal(torch.func.functional_call(module, other, (x,)), apart)
+
+
+def weight_norm(module: nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [weight_norm, lambda m: prune.random_unstructured(m, "weight", 0.5), nn.utils.parametrizations.weight_norm],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_weight_made_for_each_forward_is_never_kept(make, compiled):
+    module = linear("rowwise")
+    make(module)
+    optimizer = torch.optim.SGD(module.parameters(), 30.0)
+    torch._dynamo.reset()
+    target = torch.compile(module, backend="aot_eager") if compiled else module
+    for _ in range(3):
+        x = torch.randn(32, 64)
+        keep_weight_planes(module)
+        assert module.int8_kept_weight is None
+        y = target(x)
+        expected = F.linear(x, module.weight, module.bias)
+        assert torch.linalg.vector_norm(y - expected) < 0.02 * torch.linalg.vector_norm(expected)
+        y.square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.strict
+def test_fabric_renews_planes_before_each_forward_also_of_compiled_layers():
+    module = linear()
+    fabric = Fabric(
+        accelerator="cpu",
+        plugins=FabricFallbackInt8Precision(recipe=RECIPE, precision="32-true", keep_weights=True),
+    )
+    torch._dynamo.reset()
+    model, _ = fabric.setup(torch.compile(module, backend="aot_eager"), torch.optim.SGD(module.parameters(), 0.1))
+    first = output(model)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(2)
+    assert torch.equal(output(model), 2 * first)
