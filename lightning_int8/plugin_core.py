@@ -114,11 +114,11 @@ class Int8PluginCore:
         if self._bound_to == (device.type, fsdp1):
             return
         if self.precision == "16-mixed" and device.type == "cpu":
-            rank_zero_warn(
-                f"{type(self).__name__}(precision='16-mixed') on a CPU, where AMP with fp16 is not supported: using "
-                "'bf16-mixed' instead."
+            # Lightning's own would train in bf16-mixed instead, with a warning.
+            raise ValueError(
+                f"{type(self).__name__}(precision='16-mixed') needs a GPU, and this run is on a CPU. Use 'bf16-mixed' "
+                "or '32-true'."
             )
-            self.precision = "bf16-mixed"
         if self.precision == "16-mixed" and any(_mesh(p) is not None for m in self._modules for p in m.parameters()):
             raise ValueError(
                 f"{type(self).__name__}(precision='16-mixed') cannot scale the gradients of DTensor parameters (FSDP2, "

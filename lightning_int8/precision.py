@@ -80,7 +80,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
 
         Raises:
             TypeError: The caller is not a Trainer, or its strategy bypasses precision plugins (DeepSpeed).
-            ValueError: See :func:`lightning_int8.convert_to_int8`.
+            ValueError: See :func:`lightning_int8.convert_to_int8`; or "16-mixed" on a CPU.
         """
         trainer = _trainer_of(module)
         if trainer is None:

@@ -183,12 +183,11 @@ def test_the_scaler_is_saved_with_the_thresholds(tmp_path):
     assert other.scaler.get_scale() == 2.0**15
 
 
-def test_16_mixed_on_a_cpu_becomes_bf16_as_lightnings_own(tmp_path):
-    precision = plugin(precision="16-mixed")
-    with pytest.warns(UserWarning, match="using 'bf16-mixed' instead"):
-        trainer(tmp_path, plugin=precision).fit(TinyModule())
-    assert precision.precision == "bf16-mixed"
-    assert precision.scaler is None
+def test_16_mixed_on_a_cpu_is_refused(tmp_path):
+    model = TinyModule()
+    with pytest.raises(ValueError, match=r"'16-mixed'\) needs a GPU.*Use 'bf16-mixed' or '32-true'"):
+        trainer(tmp_path, plugin=plugin(precision="16-mixed")).fit(model)
+    assert model.losses == []
 
 
 class InputWithGradient(Callback):
