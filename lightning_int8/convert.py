@@ -86,7 +86,7 @@ def convert_to_int8(
     for linear in to_convert:
         Int8Linear.swap(linear, recipe)
     share_inputs(m for m in names if sum(isinstance(child, Int8Linear) for child in m.children()) > 1)
-    if recipe.fuse_swiglu:
+    if recipe.fuses:
         fused = tuple(aliases[0] for child, aliases in names.items() if fuse_swiglu(child))
         report = dataclasses.replace(report, fused=fused)
     if to_convert:

@@ -140,8 +140,7 @@ class Int8Recipe:
             )
         if not (self.forward or self.dgrad or self.wgrad):
             raise ValueError("Int8Recipe runs none of forward, dgrad and wgrad in INT8; leave at least one true.")
-        fused = self.fuse_swiglu and self.scaling == "row" and self.forward and self.dgrad and self.wgrad
-        if self.recompute_swiglu != "nothing" and not fused:
+        if self.recompute_swiglu != "nothing" and not self.fuses:
             raise ValueError(
                 f"Int8Recipe.recompute_swiglu={self.recompute_swiglu!r} needs fused SwiGLU layers: fuse_swiglu=True, "
                 "scaling='row', and forward, dgrad and wgrad in INT8. Otherwise leave it at 'nothing'."
@@ -184,6 +183,11 @@ class Int8Recipe:
     def mixes(self) -> bool:
         """Whether ``hadamard`` applies: with `row` scaling."""
         return self.hadamard and self.scaling == "row"
+
+    @property
+    def fuses(self) -> bool:
+        """Whether ``fuse_swiglu`` applies: with `row` scaling and all three GEMMs in INT8."""
+        return self.fuse_swiglu and self.scaling == "row" and self.forward and self.dgrad and self.wgrad
 
     def _check_budget(self) -> None:
         if self.budget is None:
