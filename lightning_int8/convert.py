@@ -17,7 +17,7 @@ from torch import nn
 from lightning_int8.fusion import fuse_swiglu
 from lightning_int8.kernels import backends
 from lightning_int8.linear import Int8Linear, is_plain_linear
-from lightning_int8.names import matches, near, strip_wrappers
+from lightning_int8.names import check_patterns_match, checked_patterns, matches, strip_wrappers
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport, LayerReport, Status
 from lightning_int8.sharing import share_inputs
@@ -65,9 +65,9 @@ def convert_to_int8(
         )
     recipe = resolve_recipe(recipe)
     check_min_features(min_features)
-    patterns = _checked_patterns(ignore_modules)
+    patterns = checked_patterns(ignore_modules)
     names = _names_by_module(module)
-    _check_patterns_match(patterns, [name for group in names.values() for name in group])
+    check_patterns_match(patterns, [name for group in names.values() for name in group])
 
     tied = _names_by_parameter(module)
     rows: list[LayerReport] = []
@@ -94,20 +94,6 @@ def convert_to_int8(
     return report
 
 
-def _checked_patterns(ignore_modules: Sequence[str] | None) -> tuple[str, ...]:
-    if ignore_modules is None:
-        return ()
-    if isinstance(ignore_modules, str) or not isinstance(ignore_modules, Iterable):
-        raise TypeError(
-            f"ignore_modules={ignore_modules!r} must be a list of patterns, such as [{str(ignore_modules)!r}]."
-        )
-    patterns = tuple(ignore_modules)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise TypeError(f"ignore_modules={list(patterns)!r}: {pattern!r} must be a non-empty string.")
-    return patterns
-
-
 def _names_by_module(module: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all its names, in module order; a module registered twice has several."""
     names: dict[nn.Module, list[str]] = {}
@@ -124,18 +110,6 @@ def _names_by_parameter(module: nn.Module) -> dict[int, list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(strip_wrappers(name))
     return names
-
-
-def _check_patterns_match(patterns: Iterable[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if any(name and matches(pattern, name) for name in names):
-            continue
-        close = near(pattern, [name for name in names if name])
-        hint = f"Names like it: {', '.join(close)}." if close else "Print model.named_modules() to see the names."
-        raise ValueError(
-            f"ignore_modules: the pattern {pattern!r} matches no module. {hint} Patterns match whole dotted segments, "
-            "anywhere in a name."
-        )
 
 
 def _report(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.linear import Int8Linear
-from lightning_int8.names import near
+from lightning_int8.names import checked_patterns, near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
 from lightning_int8.small_layers import MinFeatures, check_min_features
@@ -55,13 +55,11 @@ class Int8PluginCore:
             )
         self.precision = precision
         self.recipe = resolve_recipe(recipe)
-        self.ignore_modules = ignore_modules if ignore_modules is None else tuple(ignore_modules)
+        self.ignore_modules = None if ignore_modules is None else checked_patterns(ignore_modules)
         self.min_features = check_min_features(min_features)
         if not isinstance(keep_weights, bool) and keep_weights != "auto":
             raise ValueError(f"{type(self).__name__}(keep_weights={keep_weights!r}) must be true, false or 'auto'.")
         self.keep_weights = keep_weights
-        if isinstance(ignore_modules, str):
-            raise TypeError(f"ignore_modules={ignore_modules!r} must be a list of patterns: [{ignore_modules!r}].")
         self.scaler: Any = None
         self.report: ConversionReport | None = None
         self._modules: list[nn.Module] = []

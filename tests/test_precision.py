@@ -365,8 +365,13 @@ def test_wrong_arguments():
         FallbackInt8Precision(precision="bf16")
     with pytest.raises(ValueError, match="Unknown recipe 'fp8'"):
         FallbackInt8Precision("fp8")
-    with pytest.raises(TypeError, match=r"must be a list of patterns: \['lm_head'\]"):
-        FallbackInt8Precision(ignore_modules="lm_head")
+    for cls in (FallbackInt8Precision, FabricFallbackInt8Precision):
+        for patterns in ("lm_head", 5, True):
+            with pytest.raises(TypeError, match=r"must be a list of patterns, such as \['lm_head'\]"):
+                cls(ignore_modules=patterns)
+        for patterns, wrong in (([1], "1"), ([""], "''")):
+            with pytest.raises(TypeError, match=f": {wrong} must be a non-empty string"):
+                cls(ignore_modules=patterns)
 
 
 def test_precision_and_plugin_together_is_lightnings_error(tmp_path):
