@@ -23,7 +23,7 @@ from lightning_int8.float8 import float8_linear
 from lightning_int8.functional import int8_linear
 from lightning_int8.kernels.reference import block_amax
 from lightning_int8.linear import Int8Linear, is_plain_linear
-from lightning_int8.names import matches, strip_wrappers
+from lightning_int8.names import check_patterns_match, checked_patterns, matches, strip_wrappers
 from lightning_int8.probe_small import SmallPredictions, SmallTokens, slope
 from lightning_int8.recipe import NO_FALLBACK, PRESETS, Int8Recipe
 
@@ -148,7 +148,9 @@ def probe(
         small_share: The share of the tokens, those with the smallest gradients, that count as small.
 
     Raises:
-        ValueError: ``small_share`` is not between 0 and 1, the model holds INT8 layers, or no linear is left.
+        TypeError: ``ignore_modules`` is not a list of strings.
+        ValueError: ``small_share`` is not between 0 and 1, a pattern matches nothing, the model holds INT8 layers, or
+            no linear is left.
     """
     if not 0 < small_share < 1:
         raise ValueError(f"small_share={small_share} must lie between 0 and 1.")
@@ -182,15 +184,17 @@ def probe(
 
 
 def _linears(model: nn.Module, ignore_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    patterns = checked_patterns(ignore_modules)
+    check_patterns_match(patterns, [strip_wrappers(name) for name, _ in model.named_modules()])
     linears: dict[str, nn.Linear] = {}
     for name, child in model.named_modules():
         if isinstance(child, Int8Linear):
             raise ValueError(f"{name!r} is an INT8 layer; probe the model before it is converted.")
         name = strip_wrappers(name)
-        if is_plain_linear(child) and not any(matches(pattern, name) for pattern in ignore_modules):
+        if is_plain_linear(child) and not any(matches(pattern, name) for pattern in patterns):
             linears[name] = child  # type: ignore[assignment]
     if not linears:
-        raise ValueError(f"No nn.Linear to probe in {type(model).__name__} besides {list(ignore_modules)}.")
+        raise ValueError(f"No nn.Linear to probe in {type(model).__name__} besides {list(patterns)}.")
     return linears
 
 
