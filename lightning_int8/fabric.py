@@ -55,6 +55,7 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         "it needs the Fabric of `from lightning.fabric import Fabric`, not of `lightning_fabric`; for a Trainer use "
         "lightning_int8.FallbackInt8Precision with `from lightning.pytorch import Trainer`"
     )
+    _seeds_anew = "leaving out plugin.load_state_dict(...)"
 
     def __init__(
         self,

@@ -33,12 +33,14 @@ T = TypeVar("T")
 class Int8PluginCore:
     """Mixed in before Lightning's ``FSDPPrecision`` (the Trainer's or Fabric's) by the two plugins.
 
-    Subclasses set ``_plugins`` to the package that holds Lightning's precision plugins for them, and ``_used_with`` to
-    what they work with, for messages.
+    Subclasses set ``_plugins`` to the package that holds Lightning's precision plugins for them and, for messages,
+    ``_used_with`` to what they work with and ``_seeds_anew`` to how saved thresholds are left behind (``{}``: the
+    class's name).
     """
 
     _plugins: ModuleType
     _used_with: str
+    _seeds_anew: str
 
     def _init_core(
         self,
@@ -236,7 +238,7 @@ class Int8PluginCore:
             self._pending_scaler = scaler
 
     def _load_thresholds(self, saved: Mapping[str, Any]) -> None:
-        states = self._states()
+        states, seeds_anew = self._states(), self._seeds_anew.format(type(self).__qualname__)
         missing = [name for name in states if name not in saved]
         unknown = [name for name in saved if name not in states]
         if missing or unknown:
@@ -249,14 +251,13 @@ class Int8PluginCore:
                 parts.append(f"lacks thresholds for {_some(missing)}")
             raise ValueError(
                 f"The checkpoint's INT8 state {' and '.join(parts)}. Resume with the model, recipe and ignore_modules "
-                f"it was trained with, or delete checkpoint[{type(self).__qualname__!r}] to seed new thresholds."
+                f"it was trained with, or seed new thresholds by {seeds_anew}."
             )
         for name, state in states.items():
             try:
                 state.load_state_dict(saved[name])
             except ValueError as error:
-                where = f"checkpoint[{type(self).__qualname__!r}]"
-                raise ValueError(f"{name}: {error} (Deleting {where} drops them.)") from None
+                raise ValueError(f"{name}: {error} (They are dropped by {seeds_anew}.)") from None
 
 
 def _print_table(report: ConversionReport) -> None:

@@ -61,6 +61,7 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         "it needs the Trainer of `from lightning.pytorch import Trainer`, not of `pytorch_lightning`; for Fabric use "
         "lightning_int8.FabricFallbackInt8Precision"
     )
+    _seeds_anew = "deleting checkpoint['{}']"
 
     def __init__(
         self,
