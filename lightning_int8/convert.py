@@ -30,7 +30,7 @@ def convert_to_int8(
     module: nn.Module,
     recipe: str | Int8Recipe | Mapping[str, Any] = "row",
     ignore_modules: Sequence[str] | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     min_features: MinFeatures = 0,
 ) -> ConversionReport:
     """Makes the ``nn.Linear`` layers of ``module`` compute in INT8, in place.
@@ -56,7 +56,7 @@ def convert_to_int8(
         TypeError: ``module`` is not a module, or ``ignore_modules`` not a list of strings.
         ValueError: A pattern matches nothing; nothing was left to convert; a layer was converted earlier with another
             recipe or is now to be ignored; or the device is a GPU whose kernels do not have the recipe's block size.
-        RuntimeError: The device is a GPU on which the backend that the recipe forces cannot run.
+        RuntimeError: ``device`` names none, or is a GPU on which the backend that the recipe forces cannot run.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -64,6 +64,7 @@ def convert_to_int8(
             "class, parameters or state_dict."
         )
     recipe = resolve_recipe(recipe)
+    device = None if device is None else torch.device(device)
     check_min_features(min_features)
     patterns = checked_patterns(ignore_modules)
     names = _names_by_module(module)

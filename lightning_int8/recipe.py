@@ -312,7 +312,7 @@ def resolve_recipe(recipe: str | Int8Recipe | Mapping[str, Any]) -> Int8Recipe:
         values = dict(recipe)
         base = resolve_recipe(values.pop("preset", "row"))
         known = {f.name for f in dataclasses.fields(Int8Recipe)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ValueError(
                 f"Unknown recipe field(s) {', '.join(unknown)}; the fields are preset, {', '.join(sorted(known))}."

@@ -218,6 +218,11 @@ def test_a_new_int8_linear_is_a_converted_one(recipe):
         Int8Linear(8, 8, recipe="int4")
 
 
+def test_the_device_may_be_a_name():
+    assert convert_to_int8(nn.Linear(16, 16), device="cpu").rows[0].backend == "reference"
+    assert convert_to_int8(nn.Linear(16, 16), device="meta").rows[0].backend == "auto"
+
+
 def test_errors_say_what_is_wrong():
     with pytest.raises(TypeError, match=r"takes a torch\.nn.Module, not type"):
         convert_to_int8(TinyModel)

@@ -421,6 +421,13 @@ def test_an_empty_batch_is_empty():
         (torch.ones(2, 4, dtype=torch.int8), torch.ones(3, 4), None, TypeError, "x is torch.int8; it must be a real"),
         (torch.ones(2, 4), torch.ones(3, 4, dtype=torch.complex64), None, TypeError, "weight is torch.complex64"),
         (
+            torch.ones(2, 4),
+            torch.ones(3, 4),
+            torch.ones(3).double(),
+            TypeError,
+            "bias is torch.float64 but x and weight",
+        ),
+        (
             torch.ones(2, 5),
             torch.ones(3, 4),
             None,

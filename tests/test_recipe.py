@@ -109,6 +109,7 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"activation_band": (0.1, 0.3)}, ValueError, r"budget=0.05 with .* or no fallback, set budget=None"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),
         ({"bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) bands"),
+        ({1: 2, "bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) 1, bands"),
     ],
 )
 def test_bad_fields_are_named(fields, error, says):
