@@ -31,6 +31,7 @@ from examples.plan import CONFIGS, MAX_DEFAULT_STEPS, Plan
 from examples.recorder import Curve, Recorder
 from examples.report import print_table, write_curves, write_metrics, write_summary
 from lightning_int8 import PRESETS, FallbackInt8Precision, FallbackRateMonitor
+from lightning_int8.arguments import positive
 from lightning_int8.plugin_core import OuterPrecision
 from lightning_int8.threshold import FallbackState
 
@@ -43,10 +44,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", choices=list(PRESETS), help="preset of the INT8 run; default: the config's recipe")
     parser.add_argument("--config", type=Path, help="YAML config; default: tiny.yaml, with a GPU 125m.yaml")
     parser.add_argument(
-        "--steps", type=int, help=f"optimizer steps; default: the config's, at most {MAX_DEFAULT_STEPS}"
+        "--steps", type=positive, help=f"optimizer steps; default: the config's, at most {MAX_DEFAULT_STEPS}"
     )
-    parser.add_argument("--batch-size", type=int, help="sequences in a batch; default: the config's")
-    parser.add_argument("--val-batches", type=int, help="held-out batches an evaluation takes; default: the config's")
+    parser.add_argument("--batch-size", type=positive, help="sequences in a batch; default: the config's")
+    parser.add_argument(
+        "--val-batches", type=positive, help="held-out batches an evaluation takes; default: the config's"
+    )
     parser.add_argument(
         "--precision",
         choices=get_args(OuterPrecision),
@@ -58,10 +61,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], help="default: the config's")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "val_batches"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}={value} must be at least 1.")
     on_gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
     arguments.config = arguments.config or CONFIGS / ("125m.yaml" if on_gpu else "tiny.yaml")
     if not arguments.config.is_file():

@@ -39,8 +39,8 @@ def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True
     """What to compare: differentiable functions of X, W and bias, by name.
 
     Args:
-        recipes: INT8 recipes by name; the presets, and ``row`` and ``block`` without fallback and rounded to
-            nearest, when ``None``.
+        recipes: INT8 recipes by name; when ``None`` the presets, ``row`` and ``block`` without fallback, and ``block``
+            rounded to nearest, as ``row`` always is where it mixes.
         float8: Whether to add torchao's two FP8 recipes, emulated.
     """
     if recipes is None:
@@ -49,7 +49,7 @@ def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True
             recipes[f"{name}, no fallback"] = dataclasses.replace(
                 PRESETS[name], budget=None, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
             )
-            recipes[f"{name}, nearest"] = dataclasses.replace(PRESETS[name], stochastic_rounding="nothing")
+        recipes["block, nearest"] = dataclasses.replace(PRESETS["block"], stochastic_rounding="nothing")
     found: dict[str, Method] = {name: partial(int8_linear, recipe=recipe) for name, recipe in recipes.items()}
     if float8:
         found["float8 rowwise"] = partial(float8_linear, scaling="rowwise")

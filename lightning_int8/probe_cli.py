@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_int8.arguments import positive
 from lightning_int8.checkpoint import CorruptedCheckpointError, VerifiedCheckpointIO
 from lightning_int8.names import check_patterns_match, matches, strip_wrappers
 from lightning_int8.probe import Method, ProbeResult, methods, probe
@@ -41,8 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="LightningCLI YAML with model and data; not for transformers")
     parser.add_argument("--data", help="text file or folder; with --config it replaces data.init_args.path")
     parser.add_argument("--ignore", nargs="*", help="linears to leave out; default: lm_head, where there is one")
-    parser.add_argument("--samples", type=int, default=4, help="sequences of the batch (%(default)s)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens a sequence, transformers (%(default)s)")
+    parser.add_argument("--samples", type=positive, default=4, help="sequences of the batch (%(default)s)")
+    parser.add_argument("--length", type=positive, default=1024, help="tokens a sequence, transformers (%(default)s)")
     parser.add_argument(
         "--small",
         type=float,
@@ -55,8 +56,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.ckpt.exists():
         parser.error(f"--ckpt={arguments.ckpt} does not exist.")
-    if arguments.samples < 1 or arguments.length < 1:
-        parser.error(f"--samples={arguments.samples} and --length={arguments.length} must be at least 1.")
     if not 0 < arguments.small < 1:
         parser.error(f"--small={arguments.small} must lie between 0 and 1.")
     if arguments.ckpt.is_dir():

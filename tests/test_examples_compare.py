@@ -108,7 +108,7 @@ def test_unfinished_run_leaves_latest_alone(setting, tmp_path, monkeypatch) -> N
     ("arguments", "message"),
     [
         (["--recipe", "int4"], "invalid choice: 'int4'"),
-        (["--steps", "0"], "--steps=0 must be at least 1"),
+        (["--steps", "0"], "argument --steps: '0' must be an integer of at least 1"),
         (["--config", "missing.yaml"], "--config=missing.yaml does not exist; ours are"),
     ],
 )

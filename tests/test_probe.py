@@ -146,6 +146,15 @@ def test_small_gradients_through_a_network():
     torch.testing.assert_close(result.kept("halving"), torch.tensor([0.25, 0.5]).double(), rtol=0, atol=1e-3)
 
 
+def test_no_two_methods_are_the_same():
+    torch.manual_seed(0)
+    # Blocks enough for the default budget to fall back in one.
+    dy = torch.randn(2048, 256)
+    dy[::2] *= 1e-3
+    (row,) = probe_of_one_linear(dy, methods()).linears
+    assert len(set(row.sqnr.values())) == len(row.sqnr)
+
+
 def test_frozen_weights_are_probed():
     """As under LoRA: what they would get is measured in each linear, but nothing arrives at them."""
     torch.manual_seed(0)

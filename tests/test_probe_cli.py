@@ -108,7 +108,7 @@ def test_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys, monke
         (["--ckpt", tmp_path / "none.ckpt"], "does not exist"),
         (["--ckpt", file], "--config must name"),
         (["--ckpt", tmp_path], "needs --data"),
-        (["--ckpt", file, "--samples", 0], "must be at least 1"),
+        (["--ckpt", file, "--samples", 0], "argument --samples: '0' must be an integer of at least 1"),
         (["--ckpt", file, "--small", 1], "between 0 and 1"),
         (["--ckpt", file, "--config", tmp_path / "nope.yaml"], "nope.yaml does not exist"),
         (["--ckpt", file, "--config", config, "--device", "gpu"], "--device=gpu is no device"),
