@@ -26,6 +26,12 @@ from lightning_int8 import FallbackInt8Precision
 from lightning_int8.arguments import positive
 
 
+def warmup_linear(step: int, steps: int) -> float:
+    """Factor of the learning rate at ``step``: linear up to 1 over a tenth of the steps, then linear down."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
 class FineTuner(L.LightningModule):
     """Trains a causal language model of transformers on token ids ``[batch, length + 1]``.
 
@@ -55,9 +61,7 @@ class FineTuner(L.LightningModule):
         """AdamW with linear warm-up and decay."""
         optimizer = torch.optim.AdamW(parameter_groups(self, 0.01), lr=self.learning_rate, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
