@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -75,6 +76,11 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         FSDPPrecision.__init__(self, "32-true")
         self._init_core(recipe, precision, ignore_modules, min_features, keep_weights)
         self._accumulated = 1
+
+    def __str__(self) -> str:
+        # Only the other package's Trainer takes this one for no precision plugin at all; in lightning's own errors
+        # the hint would mislead.
+        return super().__str__() if "pytorch_lightning" in sys.modules else repr(self)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it. Lightning calls this on every fit, validate, test and predict.
