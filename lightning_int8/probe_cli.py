@@ -10,6 +10,7 @@ The config is that of the training (`LightningCLI` leaves it beside the logs): i
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -134,7 +135,7 @@ def _autocast(device: torch.device) -> Any:
 def _from_config(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
     """The model and a training step of the config, on the first batch of its held-out data."""
     module, data = _instantiated(arguments)
-    module.configure_model()
+    _set_up(module, data)
     try:
         saved = VerifiedCheckpointIO().load_checkpoint(arguments.ckpt)
     except CorruptedCheckpointError as error:
@@ -146,7 +147,7 @@ def _from_config(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
 
     def step() -> Tensor:
         with _autocast(arguments.device), warnings.catch_warnings():
-            # There is no Trainer to log to.
+            # Its Trainer has nowhere to log to.
             warnings.filterwarnings("ignore", message="You are trying to `self.log")
             loss = module.training_step(batch, 0)
         loss = loss["loss"] if isinstance(loss, dict) else loss
@@ -186,13 +187,32 @@ def _instantiated(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return made.model, made.data if "data" in config else made.model
 
 
+def _set_up(module: Any, data: Any) -> None:
+    """Calls the hooks in which modules and data may make layers and datasets, as ``fit`` does."""
+    import lightning.pytorch as pl
+
+    # Trains nothing and logs nowhere, but hooks ask for it. What it says of itself would only confuse.
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, barebones=True)
+    log.setLevel(level)
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    if data is not module:
+        data.trainer, trainer.datamodule = trainer, data
+    for each in dict.fromkeys((data, module)):
+        each.prepare_data()
+    for each in dict.fromkeys((data, module)):
+        each.setup("fit")
+    module.configure_model()
+
+
 def _first_batch(data: Any) -> Any:
     """Of the held-out data; of the training data where there are none."""
-    data.prepare_data()
-    for name, stage in (("val_dataloader", "validate"), ("train_dataloader", "fit")):
+    for name in ("val_dataloader", "train_dataloader"):
         if not is_overridden(name, data):
             continue
-        data.setup(stage)
         loaders = getattr(data, name)()
         for batch in loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders or ():
             if name == "train_dataloader":

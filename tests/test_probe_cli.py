@@ -120,15 +120,23 @@ def test_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys, monke
 
 
 class OwnModule(L.LightningModule):
-    """As `lightning-int8 fit` takes it: no `lm_head`, logs, and makes its layers late."""
+    """As `lightning-int8 fit` takes it: no `lm_head`, logs, and makes its layers late, from what its Trainer knows."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.width = width
 
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        self.make(getattr(self.trainer.datamodule, "classes", 10))
+
+    def make(self, classes: int) -> None:
+        self.net = nn.Sequential(nn.Linear(32, self.width), nn.ReLU())
+        self.classes = classes
+
     def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.net = nn.Sequential(nn.Linear(32, self.width), nn.ReLU(), nn.Linear(self.width, 10))
+        if len(self.net) == 2:
+            self.net.append(nn.Linear(self.width, self.classes))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor] | None:
         x, y = batch[:2]
@@ -139,6 +147,11 @@ class OwnModule(L.LightningModule):
 
 class OwnData(L.LightningDataModule):
     """Has no `batch_size` and holds nothing out."""
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        assert isinstance(self.trainer.lightning_module, OwnModule)
+        self.classes = 10
 
     def train_dataloader(self) -> DataLoader:
         generator = torch.Generator().manual_seed(0)
@@ -173,6 +186,7 @@ def own(
 ) -> list[str]:
     """The command's arguments for a checkpoint of it."""
     module = OwnModule(width)
+    module.make(10)
     module.configure_model()
     torch.save({"state_dict": module.state_dict()}, folder / "own.ckpt")
     config: dict[str, Any] = {"model": {"class_path": f"tests.test_probe_cli.{model}", "init_args": {"width": width}}}
