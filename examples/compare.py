@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.command = shlex.join(["python", "-m", "examples.compare", *(sys.argv[1:] if argv is None else argv)])
     try:
         arguments.plan = Plan.of(arguments)
-    except (TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config={arguments.config}: {' '.join(str(error).split())}")
     return arguments
 

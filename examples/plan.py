@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from examples.data import TextDataModule
 from examples.model import LlamaModule
@@ -78,7 +78,8 @@ class Plan:
             ValueError: The config is no whole one, asks for what a comparison does not do, or holds a bad value; or a
                 GPU is asked for that is not there.
         """
-        config = yaml.safe_load(arguments.config.read_text())
+        # As `fit` reads it, with `${...}` resolved.
+        config: Any = OmegaConf.to_container(OmegaConf.load(arguments.config), resolve=True)
         if not isinstance(config, Mapping):
             raise ValueError(f"it is no mapping with trainer, model and data; {_name_another()}")
         trainer = config.get("trainer") or {}

@@ -23,6 +23,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_int8.arguments import positive
@@ -164,10 +165,14 @@ def _instantiated(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 
     where = f"--config={arguments.config}"
-    content = yaml.safe_load(arguments.config.read_text())
-    if not isinstance(content, Mapping) or "class_path" not in (content.get("model") or {}):
+    try:
+        # As `fit` reads it, with `${...}` resolved.
+        content = OmegaConf.to_container(OmegaConf.load(arguments.config), resolve=True)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{where}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or "class_path" not in (content.get("model") or {}):
         raise SystemExit(f"{where} names no model: it needs model.class_path.")
-    config = {key: content[key] for key in ("model", "data") if content.get(key) is not None}
+    config: dict[str, Any] = {key: content[key] for key in ("model", "data") if content.get(key) is not None}
     if arguments.data is not None:
         config.setdefault("data", {}).setdefault("init_args", {})["path"] = arguments.data
     parser = ArgumentParser(parser_mode="omegaconf", exit_on_error=False)

@@ -157,6 +157,13 @@ def test_plugin_of_the_config_is_taken_as_it_is(tmp_path) -> None:
     assert (plan.plugin, plan.recipe) == (own | {"recipe": "rowwise", "precision": "bf16-mixed"}, "rowwise")
 
 
+def test_a_config_is_read_as_fit_reads_it(tmp_path) -> None:
+    file = changed(tmp_path, data__init_args__vocab_size="${model.init_args.config.vocab_size}")
+    file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    plan = plan_of("--config", str(file))
+    assert (plan.data["vocab_size"], plan.model["learning_rate"]) == (4096, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -236,6 +236,9 @@ def test_errors_of_a_config_are_one_line(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(SystemExit, match="is corrupted"):
         main(arguments)
+    config.write_text("model: {class_path: a.B, init_args: {c: '${d}'}}")
+    with pytest.raises(SystemExit, match=r"own\.yaml: Interpolation key 'd' not found"):
+        main(arguments)
     config.write_text("trainer: {}")
     with pytest.raises(SystemExit, match="names no model"):
         main(arguments)
