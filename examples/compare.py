@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def train(name: str, plan: Plan, folder: Path) -> tuple[Curve, LlamaModule, TextDataModule]:
     """One run, in full precision or in INT8."""
     L.seed_everything(plan.seed, verbose=False)
-    module, data, recorder = LlamaModule(**plan.model), TextDataModule(**plan.data), Recorder()
+    (module, data), recorder = plan.make(), Recorder()
     monitor: FallbackRateMonitor | None = None
     callbacks: list[Callback] = [
         recorder,
