@@ -16,8 +16,7 @@ READY := lightning_int8/kernels
 endif
 
 # What `make train` takes; each is optional.
-RECIPE ?= row
-TRAIN_ARGS := --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(STEPS),--steps $(STEPS)) \
+TRAIN_ARGS := $(if $(RECIPE),--recipe $(RECIPE)) $(if $(CONFIG),--config $(CONFIG)) $(if $(STEPS),--steps $(STEPS)) \
 	$(if $(SEED),--seed $(SEED)) $(ARGS)
 WORKERS ?= 2
 # Most of a GPU test's time is compiling kernels, which workers do side by side.
@@ -31,7 +30,7 @@ BENCH_MODELS := benchmarks.models:llama_1b benchmarks.models:llama_8b_6layers
 help: ## Show the targets
 	@echo "make setup              make .venv and install everything, with the tested versions"
 	@echo "make train              train in full precision and in INT8, compare, write runs/latest"
-	@echo "     RECIPE=row         row | block | jetfire | rowwise | llm_int8"
+	@echo "     RECIPE=block       row | block | jetfire | rowwise | llm_int8; default: the config's, row in ours"
 	@echo "     CONFIG=file.yaml   default: examples/configs/tiny.yaml, with a GPU 125m.yaml"
 	@echo "     STEPS=n SEED=n     optimizer steps and seed;  ARGS='...' any other argument"
 	@echo "make test               all tests but the GPU's, with line coverage;  ARGS='-k name'"

@@ -15,7 +15,6 @@ import sys
 import time
 import uuid
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,27 +27,29 @@ from rich.console import Console
 
 from examples.data import TextDataModule
 from examples.model import LlamaModule
+from examples.plan import CONFIGS, MAX_DEFAULT_STEPS, Plan
 from examples.recorder import Curve, Recorder
 from examples.report import print_table, write_curves, write_metrics, write_summary
 from lightning_int8 import PRESETS, FallbackInt8Precision, FallbackRateMonitor
+from lightning_int8.arguments import positive
 from lightning_int8.plugin_core import OuterPrecision
+from lightning_int8.threshold import FallbackState
 
-CONFIGS = Path(__file__).parent / "configs"
-# A config meant for a long training is cut to this, so that the comparison stays a matter of minutes.
-MAX_DEFAULT_STEPS = 300
 FULL_PRECISION, INT8 = "full_precision", "int8"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", default="row", choices=list(PRESETS), help="preset of the INT8 run (%(default)s)")
+    parser.add_argument("--recipe", choices=list(PRESETS), help="preset of the INT8 run; default: the config's recipe")
     parser.add_argument("--config", type=Path, help="YAML config; default: tiny.yaml, with a GPU 125m.yaml")
     parser.add_argument(
-        "--steps", type=int, help=f"optimizer steps; default: the config's, at most {MAX_DEFAULT_STEPS}"
+        "--steps", type=positive, help=f"optimizer steps; default: the config's, at most {MAX_DEFAULT_STEPS}"
     )
-    parser.add_argument("--batch-size", type=int, help="sequences in a batch; default: the config's")
-    parser.add_argument("--val-batches", type=int, help="held-out batches an evaluation takes; default: the config's")
+    parser.add_argument("--batch-size", type=positive, help="sequences in a batch; default: the config's")
+    parser.add_argument(
+        "--val-batches", type=positive, help="held-out batches an evaluation takes; default: the config's"
+    )
     parser.add_argument(
         "--precision",
         choices=get_args(OuterPrecision),
@@ -57,75 +58,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", help="text file or folder; default: the config's (Python's standard library)")
     parser.add_argument("--cache-dir", help="where tokenizer and tokens are kept; default: the config's")
     parser.add_argument("--seed", type=int, help="seed of weights and batches; default: the config's")
-    parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="default: %(default)s")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], help="default: the config's")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs (%(default)s)")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "val_batches"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}={value} must be at least 1.")
     on_gpu = arguments.accelerator != "cpu" and torch.cuda.is_available()
-    arguments.accelerator = "gpu" if on_gpu else arguments.accelerator
     arguments.config = arguments.config or CONFIGS / ("125m.yaml" if on_gpu else "tiny.yaml")
     if not arguments.config.is_file():
         parser.error(
             f"--config={arguments.config} does not exist; ours are {', '.join(map(str, CONFIGS.glob('*.yaml')))}."
         )
     arguments.command = shlex.join(["python", "-m", "examples.compare", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        arguments.plan = Plan.of(arguments)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config={arguments.config}: {' '.join(str(error).split())}")
     return arguments
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What both runs share."""
-
-    model: dict[str, Any]
-    data: dict[str, Any]
-    steps: int
-    val_batches: int
-    seed: int
-    precision: OuterPrecision
-    ignore_modules: list[str] | None
-    gradient_clip_val: float | None
-    accelerator: str
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Plan:
-        """Reads the config and lets the command line override it."""
-        config = yaml.safe_load(arguments.config.read_text())
-        trainer, plugin = config["trainer"], config["trainer"]["plugins"]["init_args"]
-        model, data = dict(config["model"]["init_args"]), dict(config["data"]["init_args"])
-        steps = arguments.steps or min(trainer["max_steps"], MAX_DEFAULT_STEPS)
-        model["warmup_steps"] = min(model.get("warmup_steps", 20), max(1, steps // 6))
-        seed = config.get("seed_everything", 0) if arguments.seed is None else arguments.seed
-        data |= {
-            key: value
-            for key, value in (
-                ("path", arguments.text),
-                ("batch_size", arguments.batch_size),
-                ("cache_dir", arguments.cache_dir),
-                ("seed", seed),
-            )
-            if value is not None
-        }
-        on_cpu = arguments.accelerator == "cpu" or not torch.cuda.is_available()
-        return cls(
-            model=model,
-            data=data,
-            steps=steps,
-            val_batches=arguments.val_batches or trainer.get("limit_val_batches", 16),
-            seed=seed,
-            precision=arguments.precision or ("32-true" if on_cpu else plugin["precision"]),
-            ignore_modules=plugin.get("ignore_modules"),
-            gradient_clip_val=trainer.get("gradient_clip_val"),
-            accelerator="cpu" if on_cpu else "gpu",
-        )
-
-
-def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curve, LlamaModule, TextDataModule]:
-    """One run; ``recipe=None`` is full precision."""
+def train(name: str, plan: Plan, folder: Path) -> tuple[Curve, LlamaModule, TextDataModule]:
+    """One run, in full precision or in INT8."""
     L.seed_everything(plan.seed, verbose=False)
-    module, data, recorder = LlamaModule(**plan.model), TextDataModule(**plan.data), Recorder()
+    (module, data), recorder = plan.make(), Recorder()
     monitor: FallbackRateMonitor | None = None
     callbacks: list[Callback] = [
         recorder,
@@ -137,28 +90,29 @@ def train(name: str, plan: Plan, folder: Path, recipe: str | None) -> tuple[Curv
             enable_version_counter=False,
         ),
     ]
-    if recipe is None:
+    if name == FULL_PRECISION:
         precision: dict[str, Any] = {"precision": plan.precision}
     else:
-        plugin = FallbackInt8Precision(recipe=recipe, precision=plan.precision, ignore_modules=plan.ignore_modules)
+        plugin = FallbackInt8Precision(**plan.plugin)
         precision = {"plugins": plugin}
-        if PRESETS[recipe].activation_band != (0.0, 0.0):
+        if FallbackState(plugin.recipe).operands:
             monitor = FallbackRateMonitor(every_n_steps=max(1, plan.steps // 60), dirpath=str(folder))
             callbacks.append(monitor)
     trainer = L.Trainer(
         accelerator=plan.accelerator,
         devices=1,
         max_steps=plan.steps,
-        val_check_interval=-(-plan.steps // 3),
+        # In batches, not in optimizer steps.
+        val_check_interval=-(-plan.steps // 3) * plan.trainer.get("accumulate_grad_batches", 1),
         check_val_every_n_epoch=None,
         limit_val_batches=plan.val_batches,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        gradient_clip_val=plan.gradient_clip_val,
         logger=CSVLogger(folder, name=name, version=""),
         callbacks=callbacks,
         enable_model_summary=False,
         **precision,
+        **plan.trainer,
     )
     trainer.fit(module, datamodule=data)
     if plan.steps not in recorder.curve.val_loss:
@@ -187,7 +141,7 @@ def point_latest(output: Path, run: Path) -> None:
 def main(argv: list[str] | None = None) -> Path:
     """Runs the comparison and returns its folder."""
     arguments = parse_arguments(argv)
-    plan = Plan.of(arguments)
+    plan = arguments.plan
     console = Console()
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -195,7 +149,7 @@ def main(argv: list[str] | None = None) -> Path:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
 
     started = time.time()
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{arguments.recipe}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.recipe}"
     folder = arguments.output / name
     while folder.exists():
         folder = arguments.output / f"{name}-{uuid.uuid4().hex[:4]}"
@@ -207,15 +161,15 @@ def main(argv: list[str] | None = None) -> Path:
         TextDataModule(**plan.data).prepare_data()
 
     console.print("[bold]1/2[/] full precision")
-    full, _, _ = train(FULL_PRECISION, plan, folder, None)
-    console.print(f"[bold]2/2[/] INT8, recipe {arguments.recipe}")
-    int8, module, data = train(INT8, plan, folder, arguments.recipe)
+    full, _, _ = train(FULL_PRECISION, plan, folder)
+    console.print(f"[bold]2/2[/] INT8, recipe {plan.recipe}")
+    int8, module, data = train(INT8, plan, folder)
 
     curves = {FULL_PRECISION: full, INT8: int8}
     text = sample_text(module, data, plan.seed)
     (folder / "sample.txt").write_text(text + "\n")
     write_metrics(folder / "metrics.csv", curves)
-    write_curves(folder / "curves.png", curves, arguments.recipe)
+    write_curves(folder / "curves.png", curves, plan.recipe)
     seconds = time.time() - started
     summary = write_summary(folder / "summary.json", curves, plan, arguments, seconds)
     point_latest(arguments.output, folder)

@@ -19,6 +19,7 @@ from examples.data import TextDataModule
 from examples.llama import DecoderLayer, Llama, LlamaConfig
 from examples.model import parallelize, parameter_groups
 from lightning_int8 import FabricFallbackInt8Precision
+from lightning_int8.arguments import positive
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -26,10 +27,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="row")
     parser.add_argument("--precision", default="bf16-mixed" if torch.cuda.is_available() else "32-true")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--text", help="text file or folder; default: Python's standard library")
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=positive, default=1)
     parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp", "fsdp2"), default="auto")
     parser.add_argument("--checkpoint", type=Path, help="resumed from where it exists, written at the end")
     arguments = parser.parse_args(argv)
@@ -50,8 +51,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     fabric.barrier()
     data.setup()
     stream = data.train_dataloader(rank=fabric.global_rank, world_size=fabric.world_size)
-    model = Llama(LlamaConfig(vocab_size=1024, n_layers=2))
-    model = fabric.setup_module(model)
+    model = fabric.setup_module(Llama(LlamaConfig(vocab_size=1024, n_layers=2)))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3))
 
     if arguments.checkpoint and arguments.checkpoint.exists():

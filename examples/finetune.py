@@ -23,6 +23,13 @@ from examples.data import TokenStream, TokenWindows
 from examples.model import parameter_groups
 from examples.text import read_text, split_by_file
 from lightning_int8 import FallbackInt8Precision
+from lightning_int8.arguments import positive
+
+
+def warmup_linear(step: int, steps: int) -> float:
+    """Factor of the learning rate at ``step``: linear up to 1 over a tenth of the steps, then linear down."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 class FineTuner(L.LightningModule):
@@ -54,9 +61,7 @@ class FineTuner(L.LightningModule):
         """AdamW with linear warm-up and decay."""
         optimizer = torch.optim.AdamW(parameter_groups(self, 0.01), lr=self.learning_rate, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / max(1, steps // 10), (steps - step) / max(1, steps))
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -115,14 +120,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--text", help="text file or folder; default: Python's standard library")
     parser.add_argument("--recipe", default="row")
     parser.add_argument("--precision", default="bf16-mixed" if torch.cuda.is_available() else "32-true")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--sequence-length", type=positive, default=512)
+    parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA adapters of this rank; 0: all weights")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuned"), help="folder for the result")
     arguments = parser.parse_args(argv)
+    if arguments.lora_rank < 0:
+        parser.error(f"--lora-rank={arguments.lora_rank} must be at least 0.")
 
     L.seed_everything(0, verbose=False)
     model, tokenizer = load(arguments.model)

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from examples.data import TextDataModule
 from examples.llama import Llama, LlamaConfig
 from lightning_int8 import convert_to_int8, update_thresholds
+from lightning_int8.arguments import positive
 
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Trains and returns the loss of every step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="row")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--text", help="text file or folder; default: Python's standard library")
     arguments = parser.parse_args(argv)
 

@@ -17,7 +17,7 @@ class Curve:
     """What one run measured.
 
     Attributes:
-        train_loss: Loss of every step.
+        train_loss: Loss of every step, the mean over its micro-batches.
         val_loss: Held-out loss after some steps, the last one included.
         fallback_rate: By step, the mean over layers and operands (and the steps since the last) of the share of blocks
             that fell back; empty for a recipe without fallback.
@@ -64,17 +64,24 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.curve = Curve()
         self._losses: dict[int, torch.Tensor] = {}
+        self._micro_batches: list[torch.Tensor] = []
+        self._step_before = 0
         self._resumed_at: float | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._resumed_at is None and len(self._losses) >= self.WARMUP_STEPS:
             _synchronize()
             self._resumed_at = time.perf_counter()
+        self._step_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses[trainer.global_step] = outputs["loss"].detach()
+        # Lightning has divided it for the sum of the gradients.
+        self._micro_batches.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        if trainer.global_step > self._step_before:
+            self._losses[trainer.global_step] = torch.stack(self._micro_batches).mean()
+            self._micro_batches.clear()
         if self._resumed_at is not None:
             self.curve.train_tokens += batch[:, 1:].numel()
 

@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 from examples.recorder import Curve
 
 if TYPE_CHECKING:
-    from examples.compare import Plan
+    from examples.plan import Plan
 
 LABELS = {"full_precision": "full precision", "int8": "INT8"}
 
@@ -80,7 +81,8 @@ def write_summary(
     summary |= {
         "gap_percent": 100 * (int8.final_val_loss - full.final_val_loss) / full.final_val_loss,
         "fallback_rate": int8.mean_fallback_rate,
-        "recipe": arguments.recipe,
+        "recipe": plan.recipe,
+        "plugin": plan.plugin,
         "config": arguments.config.name,
         "steps": plan.steps,
         "batch_size": plan.data.get("batch_size"),
@@ -93,8 +95,15 @@ def write_summary(
         | {package: _version(package) for package in ("lightning-int8", "torch", "triton", "lightning")},
         "command": arguments.command,
     }
-    file.write_text(json.dumps(summary, indent=2) + "\n")
+    file.write_text(json.dumps(_with_null_for_nan(summary), indent=2) + "\n")
     return summary
+
+
+def _with_null_for_nan(value: Any) -> Any:
+    """JSON has no NaN: the speed of a run without a measured step, or a loss that diverged."""
+    if isinstance(value, dict):
+        return {key: _with_null_for_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(console: Console, summary: dict[str, Any]) -> None:

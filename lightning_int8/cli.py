@@ -16,11 +16,11 @@ from typing import Any
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_int8.checkpoint import CorruptedCheckpointError, verify_checkpoint
-from lightning_int8.recipe import resolve_recipe
+from lightning_int8.precision import FallbackInt8Precision
 
 
 class Int8CLI(LightningCLI):
-    """A LightningCLI that reports a wrong recipe or a corrupted checkpoint in one line, before it makes the Trainer.
+    """A LightningCLI that reports the plugin's wrong values or a corrupted checkpoint in one line, before the Trainer.
 
     The model's arguments come from the config and the command line alone, also when a checkpoint is resumed.
     """
@@ -43,13 +43,12 @@ class Int8CLI(LightningCLI):
         """Lightning calls this between parsing and instantiation."""
         plugins = self.config[self.subcommand].trainer.plugins
         for plugin in plugins if isinstance(plugins, list) else [plugins]:
-            if not str(getattr(plugin, "class_path", "")).endswith("FallbackInt8Precision"):
+            if str(getattr(plugin, "class_path", "")).rpartition(".")[2] != "FallbackInt8Precision":
                 continue
-            recipe: Any = plugin.init_args.recipe
             try:
-                resolve_recipe(recipe.as_dict() if hasattr(recipe, "as_dict") else recipe)
+                FallbackInt8Precision(**plugin.init_args.as_dict())
             except (TypeError, ValueError) as error:
-                self.parser.error(f"trainer.plugins.init_args.recipe: {error}")
+                self.parser.error(f"trainer.plugins.init_args: {error}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

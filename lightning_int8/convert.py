@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from lightning_int8.fusion import fuse_swiglu
 from lightning_int8.kernels import backends
 from lightning_int8.linear import Int8Linear, is_plain_linear
-from lightning_int8.names import matches, near, strip_wrappers
+from lightning_int8.names import check_patterns_match, checked_patterns, matches, strip_wrappers
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport, LayerReport, Status
 from lightning_int8.sharing import share_inputs
@@ -30,7 +30,7 @@ def convert_to_int8(
     module: nn.Module,
     recipe: str | Int8Recipe | Mapping[str, Any] = "row",
     ignore_modules: Sequence[str] | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     min_features: MinFeatures = 0,
 ) -> ConversionReport:
     """Makes the ``nn.Linear`` layers of ``module`` compute in INT8, in place.
@@ -56,7 +56,7 @@ def convert_to_int8(
         TypeError: ``module`` is not a module, or ``ignore_modules`` not a list of strings.
         ValueError: A pattern matches nothing; nothing was left to convert; a layer was converted earlier with another
             recipe or is now to be ignored; or the device is a GPU whose kernels do not have the recipe's block size.
-        RuntimeError: The device is a GPU on which the backend that the recipe forces cannot run.
+        RuntimeError: ``device`` names none, or is a GPU on which the backend that the recipe forces cannot run.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -64,10 +64,11 @@ def convert_to_int8(
             "class, parameters or state_dict."
         )
     recipe = resolve_recipe(recipe)
+    device = None if device is None else torch.device(device)
     check_min_features(min_features)
-    patterns = _checked_patterns(ignore_modules)
+    patterns = checked_patterns(ignore_modules)
     names = _names_by_module(module)
-    _check_patterns_match(patterns, [name for group in names.values() for name in group])
+    check_patterns_match(patterns, [name for group in names.values() for name in group])
 
     tied = _names_by_parameter(module)
     rows: list[LayerReport] = []
@@ -86,26 +87,12 @@ def convert_to_int8(
     for linear in to_convert:
         Int8Linear.swap(linear, recipe)
     share_inputs(m for m in names if sum(isinstance(child, Int8Linear) for child in m.children()) > 1)
-    if recipe.fuse_swiglu:
+    if recipe.fuses:
         fused = tuple(aliases[0] for child, aliases in names.items() if fuse_swiglu(child))
         report = dataclasses.replace(report, fused=fused)
     if to_convert:
         _warn_of_bypasses(names, patterns)
     return report
-
-
-def _checked_patterns(ignore_modules: Sequence[str] | None) -> tuple[str, ...]:
-    if ignore_modules is None:
-        return ()
-    if isinstance(ignore_modules, str) or not isinstance(ignore_modules, Iterable):
-        raise TypeError(
-            f"ignore_modules={ignore_modules!r} must be a list of patterns, such as [{str(ignore_modules)!r}]."
-        )
-    patterns = tuple(ignore_modules)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise TypeError(f"ignore_modules={list(patterns)!r}: {pattern!r} must be a non-empty string.")
-    return patterns
 
 
 def _names_by_module(module: nn.Module) -> dict[nn.Module, list[str]]:
@@ -124,18 +111,6 @@ def _names_by_parameter(module: nn.Module) -> dict[int, list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(strip_wrappers(name))
     return names
-
-
-def _check_patterns_match(patterns: Iterable[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if any(name and matches(pattern, name) for name in names):
-            continue
-        close = near(pattern, [name for name in names if name])
-        hint = f"Names like it: {', '.join(close)}." if close else "Print model.named_modules() to see the names."
-        raise ValueError(
-            f"ignore_modules: the pattern {pattern!r} matches no module. {hint} Patterns match whole dotted segments, "
-            "anywhere in a name."
-        )
 
 
 def _report(

@@ -87,7 +87,7 @@ class EnergyMonitor(pl.Callback):
         reader: Counts joules of this process's device; ``None``: NVML's counter of the run's GPU.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is not what it may be.
     """
 
     def __init__(
@@ -100,9 +100,15 @@ class EnergyMonitor(pl.Callback):
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"EnergyMonitor(every_n_steps={every_n_steps!r}) must be an integer of at least 1.")
-        if grid_intensity is not None and not (math.isfinite(grid_intensity) and grid_intensity >= 0):
+        number = isinstance(grid_intensity, (int, float)) and not isinstance(grid_intensity, bool)
+        if grid_intensity is not None and not (number and math.isfinite(grid_intensity) and grid_intensity >= 0):
             raise ValueError(
-                f"EnergyMonitor(grid_intensity={grid_intensity!r}) must be grams of CO₂e a kWh, at least 0, or None."
+                f"EnergyMonitor(grid_intensity={grid_intensity!r}) must be grams of CO₂e a kWh, a number of at "
+                "least 0, or None."
+            )
+        if tokens is not None and not isinstance(tokens, str) and not callable(tokens):
+            raise ValueError(
+                f"EnergyMonitor(tokens={tokens!r}) must be a batch's key, a function from batch to count, or None."
             )
         self.every_n_steps = every_n_steps
         self.grid_intensity = grid_intensity

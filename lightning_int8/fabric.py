@@ -77,7 +77,11 @@ class FabricFallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         return module
 
     def forward_context(self) -> AbstractContextManager:
-        """Around each forward of a module that Fabric has set up."""
+        """Around each forward of a module that Fabric has set up.
+
+        Raises:
+            ValueError: "16-mixed" on a CPU, or with DTensor parameters.
+        """
         outer = super().forward_context()
         self._refresh_weights()
         return outer

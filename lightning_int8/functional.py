@@ -153,7 +153,7 @@ def int8_linear(
         bias: float ``[N]``.
         recipe: Preset name, :class:`Int8Recipe` or mapping of its fields.
         state: The layer's delayed thresholds; made for the same recipe. ``None``: the blocks with the largest AbsMax of
-            each tensor at hand fall back, at the middle of the recipe's band.
+            each tensor at hand fall back, at the rate of the recipe's budget, or at the middle of its band.
         update_state: Whether this call may seed thresholds and count blocks: true when training. Never under
             ``torch.inference_mode`` or in activation checkpointing's second run, whatever this says.
         share_input: Whether to leave ``x``'s planes on ``x``, where that is an alias made for it, for the next linear
@@ -165,7 +165,8 @@ def int8_linear(
         ``[..., N]`` in ``x``'s dtype (the autocast dtype under autocast).
 
     Raises:
-        TypeError: A tensor is not floating-point, or the dtypes of ``x`` and ``weight`` differ outside autocast.
+        TypeError: A tensor is not floating-point, or the dtypes of ``x``, ``weight`` and ``bias`` differ outside
+            autocast.
         ValueError: Shapes do not fit, ``weight`` is empty, or ``state`` is of another recipe.
         RuntimeError: Tensors are on different devices, or a forced backend cannot run there.
     """
@@ -181,6 +182,8 @@ def int8_linear(
             f"int8_linear: x is {x.dtype} but weight is {weight.dtype}. Give both the same dtype, or run under "
             "torch.autocast (the plugin's precision='bf16-mixed')."
         )
+    elif bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"int8_linear: bias is {bias.dtype} but x and weight are {x.dtype}. Give all the same dtype.")
     if state is not None and state.recipe != recipe:
         raise ValueError(
             f"int8_linear: state was made for recipe {state.recipe.describe()} but recipe is {recipe.describe()}; make "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_int8.functional import int8_linear
 from lightning_int8.kernels import backends
-from lightning_int8.recipe import Int8Recipe
+from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.tensor_parallel import sharded_int8_linear
 from lightning_int8.threshold import FallbackState
 from lightning_int8.weight_planes import KeptWeight, planes_of_weight
@@ -21,7 +22,19 @@ class Int8Linear(nn.Linear):
 
     Made by swapping the class of an existing ``nn.Linear`` in place (:meth:`swap`), so parameters keep their identity:
     optimizers, tied weights, DDP and checkpoints made before the swap stay valid, and a checkpoint of it loads strictly
-    into the plain model.
+    into the plain model. A new one has ``nn.Linear``'s own first weights.
+
+    Args:
+        in_features: Size of each input sample (K).
+        out_features: Size of each output sample (N).
+        bias: Whether it has a bias.
+        device: Where its parameters are.
+        dtype: Of its parameters.
+        recipe: How it quantizes: a preset's name, an ``Int8Recipe``, or a mapping of its fields.
+
+    Raises:
+        TypeError: ``recipe`` is none of these.
+        ValueError: An unknown recipe or recipe field, or one out of range.
 
     Attributes:
         int8_recipe: How the layer quantizes.
@@ -34,6 +47,18 @@ class Int8Linear(nn.Linear):
     int8_state: FallbackState
     int8_shares_input: bool = False
     int8_kept_weight: KeptWeight | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        recipe: str | Int8Recipe | Mapping[str, Any] = "row",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._quantize_as(resolve_recipe(recipe))
 
     @classmethod
     def swap(cls, linear: nn.Linear, recipe: Int8Recipe) -> Int8Linear:
@@ -52,12 +77,15 @@ class Int8Linear(nn.Linear):
                 "be lost."
             )
         linear.__class__ = cls if type(linear) is nn.Linear else _sharded_class(type(linear), cls)
-        linear.int8_recipe = recipe
-        linear.int8_state = FallbackState(recipe, (linear.out_features, linear.in_features))
-        # Made now rather than in the first forward, which torch.compile would otherwise have to trace twice.
-        if linear.int8_state.operands and linear.weight.device.type != "meta":
-            linear.int8_state.on(linear.weight.device)
+        linear._quantize_as(recipe)  # type: ignore[operator]
         return linear  # type: ignore[return-value]
+
+    def _quantize_as(self, recipe: Int8Recipe) -> None:
+        self.int8_recipe = recipe
+        self.int8_state = FallbackState(recipe, (self.out_features, self.in_features))
+        # Made now rather than in the first forward, which torch.compile would otherwise have to trace twice.
+        if self.int8_state.operands and self.weight.device.type != "meta":
+            self.int8_state.on(self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         options: dict[str, Any] = {

@@ -32,6 +32,42 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
+def checked_patterns(ignore_modules: Iterable[str] | None) -> tuple[str, ...]:
+    """The patterns of an ``ignore_modules``.
+
+    Raises:
+        TypeError: It is no list of non-empty strings.
+    """
+    if ignore_modules is None:
+        return ()
+    if isinstance(ignore_modules, str) or not isinstance(ignore_modules, Iterable):
+        example = ignore_modules if isinstance(ignore_modules, str) else "lm_head"
+        raise TypeError(f"ignore_modules={ignore_modules!r} must be a list of patterns, such as [{example!r}].")
+    patterns = tuple(ignore_modules)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"ignore_modules={list(patterns)!r}: {pattern!r} must be a non-empty string.")
+    return patterns
+
+
+def check_patterns_match(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Refuses patterns that match none of ``names``, which are without what wrappers insert.
+
+    Raises:
+        ValueError: One matches nothing.
+    """
+    names = [name for name in names if name]
+    for pattern in patterns:
+        if any(matches(pattern, name) for name in names):
+            continue
+        close = near(pattern, names)
+        hint = f"Names like it: {', '.join(close)}." if close else "Print model.named_modules() to see the names."
+        raise ValueError(
+            f"ignore_modules: the pattern {pattern!r} matches no module. {hint} Patterns match whole dotted segments, "
+            "anywhere in a name."
+        )
+
+
 def near(pattern: str, names: Iterable[str], count: int = 5) -> list[str]:
     """The names (or parts of names) most like ``pattern``, best first; empty when none is close."""
     candidates: dict[str, None] = {}

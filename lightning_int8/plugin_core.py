@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_int8.convert import convert_to_int8
 from lightning_int8.linear import Int8Linear
-from lightning_int8.names import near
+from lightning_int8.names import checked_patterns, near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
 from lightning_int8.resume import changed_fields, falls_back, threshold_fields
@@ -58,13 +58,11 @@ class Int8PluginCore:
             )
         self.precision = precision
         self.recipe = resolve_recipe(recipe)
-        self.ignore_modules = ignore_modules if ignore_modules is None else tuple(ignore_modules)
+        self.ignore_modules = None if ignore_modules is None else checked_patterns(ignore_modules)
         self.min_features = check_min_features(min_features)
         if not isinstance(keep_weights, bool) and keep_weights != "auto":
             raise ValueError(f"{type(self).__name__}(keep_weights={keep_weights!r}) must be true, false or 'auto'.")
         self.keep_weights = keep_weights
-        if isinstance(ignore_modules, str):
-            raise TypeError(f"ignore_modules={ignore_modules!r} must be a list of patterns: [{ignore_modules!r}].")
         self.scaler: Any = None
         self.report: ConversionReport | None = None
         self._modules: list[nn.Module] = []
@@ -117,11 +115,11 @@ class Int8PluginCore:
         if self._bound_to == (device.type, fsdp1):
             return
         if self.precision == "16-mixed" and device.type == "cpu":
-            rank_zero_warn(
-                f"{type(self).__name__}(precision='16-mixed') on a CPU, where AMP with fp16 is not supported: using "
-                "'bf16-mixed' instead."
+            # Lightning's own would train in bf16-mixed instead, with a warning.
+            raise ValueError(
+                f"{type(self).__name__}(precision='16-mixed') needs a GPU, and this run is on a CPU. Use 'bf16-mixed' "
+                "or '32-true'."
             )
-            self.precision = "bf16-mixed"
         if self.precision == "16-mixed" and any(_mesh(p) is not None for m in self._modules for p in m.parameters()):
             raise ValueError(
                 f"{type(self).__name__}(precision='16-mixed') cannot scale the gradients of DTensor parameters (FSDP2, "

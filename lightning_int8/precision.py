@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -78,12 +79,17 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
         self._init_core(recipe, precision, ignore_modules, min_features, keep_weights)
         self._accumulated = 1
 
+    def __str__(self) -> str:
+        # Only the other package's Trainer takes this one for no precision plugin at all; in lightning's own errors
+        # the hint would mislead.
+        return super().__str__() if "pytorch_lightning" in sys.modules else repr(self)
+
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts ``module`` in place, and returns it. Lightning calls this on every fit, validate, test and predict.
 
         Raises:
             TypeError: The caller is not a Trainer, or its strategy bypasses precision plugins (DeepSpeed).
-            ValueError: See :func:`lightning_int8.convert_to_int8`.
+            ValueError: See :func:`lightning_int8.convert_to_int8`; or "16-mixed" on a CPU.
         """
         trainer = _trainer_of(module)
         if trainer is None:

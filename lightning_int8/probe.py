@@ -23,7 +23,7 @@ from lightning_int8.float8 import float8_linear
 from lightning_int8.functional import int8_linear
 from lightning_int8.kernels.reference import block_amax
 from lightning_int8.linear import Int8Linear, is_plain_linear
-from lightning_int8.names import matches, strip_wrappers
+from lightning_int8.names import check_patterns_match, checked_patterns, matches, strip_wrappers
 from lightning_int8.probe_small import SmallPredictions, SmallTokens, slope
 from lightning_int8.recipe import NO_FALLBACK, PRESETS, Int8Recipe
 
@@ -39,8 +39,8 @@ def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True
     """What to compare: differentiable functions of X, W and bias, by name.
 
     Args:
-        recipes: INT8 recipes by name; the presets, and ``row`` and ``block`` without fallback and rounded to
-            nearest, when ``None``.
+        recipes: INT8 recipes by name; when ``None`` the presets, ``row`` and ``block`` without fallback, and ``block``
+            rounded to nearest, as ``row`` always is where it mixes.
         float8: Whether to add torchao's two FP8 recipes, emulated.
     """
     if recipes is None:
@@ -49,7 +49,7 @@ def methods(recipes: Mapping[str, Int8Recipe] | None = None, float8: bool = True
             recipes[f"{name}, no fallback"] = dataclasses.replace(
                 PRESETS[name], budget=None, activation_band=NO_FALLBACK, gradient_band=NO_FALLBACK
             )
-            recipes[f"{name}, nearest"] = dataclasses.replace(PRESETS[name], stochastic_rounding="nothing")
+        recipes["block, nearest"] = dataclasses.replace(PRESETS["block"], stochastic_rounding="nothing")
     found: dict[str, Method] = {name: partial(int8_linear, recipe=recipe) for name, recipe in recipes.items()}
     if float8:
         found["float8 rowwise"] = partial(float8_linear, scaling="rowwise")
@@ -148,7 +148,9 @@ def probe(
         small_share: The share of the tokens, those with the smallest gradients, that count as small.
 
     Raises:
-        ValueError: ``small_share`` is not between 0 and 1, the model holds INT8 layers, or no linear is left.
+        TypeError: ``ignore_modules`` is not a list of strings.
+        ValueError: ``small_share`` is not between 0 and 1, a pattern matches nothing, the model holds INT8 layers, or
+            no linear is left.
     """
     if not 0 < small_share < 1:
         raise ValueError(f"small_share={small_share} must lie between 0 and 1.")
@@ -182,15 +184,17 @@ def probe(
 
 
 def _linears(model: nn.Module, ignore_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    patterns = checked_patterns(ignore_modules)
+    check_patterns_match(patterns, [strip_wrappers(name) for name, _ in model.named_modules()])
     linears: dict[str, nn.Linear] = {}
     for name, child in model.named_modules():
         if isinstance(child, Int8Linear):
             raise ValueError(f"{name!r} is an INT8 layer; probe the model before it is converted.")
         name = strip_wrappers(name)
-        if is_plain_linear(child) and not any(matches(pattern, name) for pattern in ignore_modules):
+        if is_plain_linear(child) and not any(matches(pattern, name) for pattern in patterns):
             linears[name] = child  # type: ignore[assignment]
     if not linears:
-        raise ValueError(f"No nn.Linear to probe in {type(model).__name__} besides {list(ignore_modules)}.")
+        raise ValueError(f"No nn.Linear to probe in {type(model).__name__} besides {list(patterns)}.")
     return linears
 
 

@@ -3,23 +3,32 @@
     lightning-int8-probe --config config.yaml --ckpt last.ckpt
     lightning-int8-probe --ckpt path/to/transformers-model --data notes/
 
-The config is that of the training (`LightningCLI` leaves it beside the logs): its model and data are used.
+The config is that of the training (`LightningCLI` leaves it beside the logs): its model and data are used, the first
+`--samples` samples of the held-out data, or of the training data where none are held out.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from lightning_int8.arguments import positive
+from lightning_int8.checkpoint import CorruptedCheckpointError, VerifiedCheckpointIO
+from lightning_int8.names import check_patterns_match, matches, strip_wrappers
 from lightning_int8.probe import Method, ProbeResult, methods, probe
 from lightning_int8.probe_report import draw, outlier_table, summary_table, write_csv, write_summary
 
@@ -34,9 +43,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint, state dict or transformers folder")
     parser.add_argument("--config", type=Path, help="LightningCLI YAML with model and data; not for transformers")
     parser.add_argument("--data", help="text file or folder; with --config it replaces data.init_args.path")
-    parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="linears to leave out (%(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="sequences of the batch (%(default)s)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens a sequence, transformers (%(default)s)")
+    parser.add_argument("--ignore", nargs="*", help="linears to leave out; default: lm_head, where there is one")
+    parser.add_argument("--samples", type=positive, default=4, help="sequences of the batch (%(default)s)")
+    parser.add_argument("--length", type=positive, default=1024, help="tokens a sequence, transformers (%(default)s)")
     parser.add_argument(
         "--small",
         type=float,
@@ -49,8 +58,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.ckpt.exists():
         parser.error(f"--ckpt={arguments.ckpt} does not exist.")
-    if arguments.samples < 1 or arguments.length < 1:
-        parser.error(f"--samples={arguments.samples} and --length={arguments.length} must be at least 1.")
     if not 0 < arguments.small < 1:
         parser.error(f"--small={arguments.small} must lie between 0 and 1.")
     if arguments.ckpt.is_dir():
@@ -58,6 +65,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error("a transformers folder needs --data, a text file or a folder of them.")
     elif arguments.config is None:
         parser.error(f"--ckpt={arguments.ckpt} is a file: --config must name the YAML it was trained with.")
+    elif not arguments.config.is_file():
+        parser.error(f"--config={arguments.config} does not exist.")
+    try:
+        arguments.device = torch.device(arguments.device)
+    except RuntimeError:
+        parser.error(f"--device={arguments.device} is no device; take cpu or cuda.")
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device={arguments.device}: PyTorch sees no CUDA GPU here; take --device cpu.")
     return arguments
 
 
@@ -76,6 +91,13 @@ def main(argv: Sequence[str] | None = None, compared: Mapping[str, Method] | Non
     arguments = parse_arguments(argv)
     compared = _chosen(methods() if compared is None else compared, arguments.methods)
     model, step = _from_transformers(arguments) if arguments.ckpt.is_dir() else _from_config(arguments)
+    names = [strip_wrappers(name) for name, _ in model.named_modules()]
+    if arguments.ignore is None:
+        arguments.ignore = ["lm_head"] if any(matches("lm_head", name) for name in names) else []
+    try:
+        check_patterns_match(arguments.ignore, names)
+    except ValueError as error:
+        raise SystemExit(str(error).replace("ignore_modules", "--ignore", 1)) from None
     # Dropout would differ between the passes that are compared.
     model.eval()
     console = Console()
@@ -98,8 +120,13 @@ def _chosen(compared: Mapping[str, Method], names: Sequence[str] | None) -> Mapp
     if names is None:
         return compared
     if unknown := [name for name in names if name not in compared]:
-        raise SystemExit(f"--methods: unknown {', '.join(unknown)}; there are: {', '.join(compared)}.")
+        raise SystemExit(f"--methods: unknown {_quoted(unknown)}; there are: {_quoted(compared)}.")
     return {name: compared[name] for name in names}
+
+
+def _quoted(names: Iterable[str]) -> str:
+    # Some names hold commas.
+    return ", ".join(map(repr, names))
 
 
 def _autocast(device: torch.device) -> Any:
@@ -108,38 +135,107 @@ def _autocast(device: torch.device) -> Any:
 
 def _from_config(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
     """The model and a training step of the config, on the first batch of its held-out data."""
-    import lightning.pytorch as pl
-    from jsonargparse import ArgumentParser
-
-    config = {
-        key: value for key, value in yaml.safe_load(arguments.config.read_text()).items() if key in ("model", "data")
-    }
-    for key in ("model", "data"):
-        if "class_path" not in (config.get(key) or {}):
-            raise SystemExit(f"--config={arguments.config} names no {key}: it needs {key}.class_path.")
-    if arguments.data is not None:
-        config["data"].setdefault("init_args", {})["path"] = arguments.data
-    config["data"].setdefault("init_args", {})["batch_size"] = arguments.samples
-    parser = ArgumentParser(parser_mode="omegaconf")
-    parser.add_subclass_arguments(pl.LightningModule, "model")
-    parser.add_subclass_arguments(pl.LightningDataModule, "data")
-    made = parser.instantiate_classes(parser.parse_object(config))
-    device = torch.device(arguments.device)
-    saved = torch.load(arguments.ckpt, map_location="cpu", weights_only=False)
-    module = made.model
+    module, data = _instantiated(arguments)
+    _set_up(module, data)
+    try:
+        saved = VerifiedCheckpointIO().load_checkpoint(arguments.ckpt)
+    except CorruptedCheckpointError as error:
+        raise SystemExit(f"--ckpt: {error}") from None
     module.load_state_dict(saved.get("state_dict", saved))
-    module.to(device)
-    made.data.prepare_data()
-    made.data.setup("validate")
-    batch = next(iter(made.data.val_dataloader()))
-    batch = module.transfer_batch_to_device(batch, device, 0)
+    module.to(arguments.device)
+    batch = module.transfer_batch_to_device(_first_batch(data), arguments.device, 0)
+    batch = _beginning(batch, arguments.samples)
 
     def step() -> Tensor:
-        with _autocast(device):
+        with _autocast(arguments.device), warnings.catch_warnings():
+            # Its Trainer has nowhere to log to.
+            warnings.filterwarnings("ignore", message="You are trying to `self.log")
             loss = module.training_step(batch, 0)
-        return loss["loss"] if isinstance(loss, dict) else loss
+        loss = loss["loss"] if isinstance(loss, dict) else loss
+        if not isinstance(loss, Tensor):
+            raise SystemExit(f"{type(module).__qualname__}.training_step returned no loss, whose gradients are needed.")
+        return loss
 
     return module, step
+
+
+def _instantiated(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The config's LightningModule, and its LightningDataModule, or the module where it has loaders of its own."""
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    where = f"--config={arguments.config}"
+    try:
+        # As `fit` reads it, with `${...}` resolved.
+        content = OmegaConf.to_container(OmegaConf.load(arguments.config), resolve=True)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{where}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or "class_path" not in (content.get("model") or {}):
+        raise SystemExit(f"{where} names no model: it needs model.class_path.")
+    config: dict[str, Any] = {key: content[key] for key in ("model", "data") if content.get(key) is not None}
+    if arguments.data is not None:
+        config.setdefault("data", {}).setdefault("init_args", {})["path"] = arguments.data
+    parser = ArgumentParser(parser_mode="omegaconf", exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model")
+    if "data" in config:
+        parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    try:
+        parsed = parser.parse_object(config)
+    except ArgumentError as error:
+        raise SystemExit(f"{where}: {' '.join(str(error).split())}") from None
+    if "data" in config and "batch_size" in parsed.data.get("init_args", {}):
+        # No more than needed; what has no batch_size gives batches that are cut.
+        parsed.data.init_args.batch_size = arguments.samples
+    # `instantiate_classes` is deprecated since 4.49, which brought `instantiate`.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    made = instantiate(parsed)
+    return made.model, made.data if "data" in config else made.model
+
+
+def _set_up(module: Any, data: Any) -> None:
+    """Calls the hooks in which modules and data may make layers and datasets, as ``fit`` does."""
+    import lightning.pytorch as pl
+
+    # Trains nothing and logs nowhere, but hooks ask for it. What it says of itself would only confuse.
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, barebones=True)
+    log.setLevel(level)
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    if data is not module:
+        data.trainer, trainer.datamodule = trainer, data
+    for each in dict.fromkeys((data, module)):
+        each.prepare_data()
+    for each in dict.fromkeys((data, module)):
+        each.setup("fit")
+    module.configure_model()
+
+
+def _first_batch(data: Any) -> Any:
+    """Of the held-out data; of the training data where there are none."""
+    for name in ("val_dataloader", "train_dataloader"):
+        if not is_overridden(name, data):
+            continue
+        loaders = getattr(data, name)()
+        for batch in loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders or ():
+            if name == "train_dataloader":
+                print("No held-out data: probing a batch of the training data.")
+            return batch
+    raise SystemExit(f"{type(data).__qualname__} gives no batch: neither val_dataloader nor train_dataloader has one.")
+
+
+def _beginning(batch: Any, samples: int) -> Any:
+    """The first samples of a batch, where all its tensors have as many."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.extend(tensor.shape[:1]))
+    if not sizes or min(sizes) <= samples:
+        return batch
+    if len(set(sizes)) > 1:
+        print(f"--samples={samples} is not used: the batch's tensors have first sizes of {min(sizes)} to {max(sizes)}.")
+        return batch
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor[:samples] if tensor.ndim else tensor)
 
 
 def _from_transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
@@ -148,7 +244,7 @@ def _from_transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Step]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
         raise SystemExit("A transformers folder needs transformers: pip install transformers.") from None
-    device = torch.device(arguments.device)
+    device = arguments.device
     model = AutoModelForCausalLM.from_pretrained(arguments.ckpt, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.ckpt)
     ids = torch.tensor(tokenizer(_text(Path(arguments.data)), return_attention_mask=False)["input_ids"])

@@ -76,7 +76,7 @@ class Int8Recipe:
             (:mod:`lightning_int8.hadamard_scheme`; QuaRot, arXiv 2404.00456, has it for inference, NVFP4 training for
             the wgrad over 16 tokens, arXiv 2509.25149). X, W and dY are each quantized for their two GEMMs apart, the
             wgrad's operands without fallback. Otherwise X and W are quantized once, and the wgrad's operands have
-            fallback. Only with ``scaling="row"``.
+            fallback. ``None``: with ``scaling="row"``, which alone can be mixed; there ``True`` is kept as ``None``.
         wgrad_group_tokens: So many tokens of a micro-batch share the wgrad's scales: a multiple of ``block_size``, such
             as 4096. Fewer make dW more accurate and its GEMM slower: the groups' products are added up in float32.
             ``None``: all tokens share them. Only with ``scaling="row"`` and without ``hadamard``.
@@ -87,8 +87,8 @@ class Int8Recipe:
             stay the same. ``"planes"``: the transposed planes of its activation, from gate and up: 1.4 bytes less for
             each element of it, for one more read of both. ``"all"``: gate and up too, from its input's planes: 4 more
             bytes less, for two more GEMMs. Other than ``"nothing"`` only with ``fuse_swiglu``.
-        outlier_threshold: Only for ``"vector"``: activation columns whose AbsMax exceeds this stay in the input's
-            dtype (6.0 in LLM.int8()). ``None``: none do.
+        outlier_threshold: Only for ``"vector"`` with ``forward``: activation columns whose AbsMax exceeds this stay in
+            the input's dtype (6.0 in LLM.int8()). ``None``: none do.
         backend: Which kernels run: ``"auto"`` chooses by device; ``"reference"`` is plain PyTorch; ``"triton"`` needs a
             CUDA device of capability 8.0 or higher, ``"hopper"`` one of 9.0 (H100, H200). The environment variable
             ``LIGHTNING_INT8_BACKEND`` overrides ``"auto"``.
@@ -108,7 +108,7 @@ class Int8Recipe:
     forward: bool = True
     dgrad: bool = True
     wgrad: bool = True
-    hadamard: bool = True
+    hadamard: bool | None = None
     wgrad_group_tokens: int | None = None
     fuse_swiglu: bool = True
     recompute_swiglu: RecomputeSwiGLU = "nothing"
@@ -120,8 +120,16 @@ class Int8Recipe:
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("recompute_swiglu", self.recompute_swiglu, get_args(RecomputeSwiGLU))
         for name in ("forward", "dgrad", "wgrad", "hadamard", "fuse_swiglu"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("hadamard", None):
                 raise TypeError(f"Int8Recipe.{name}={getattr(self, name)!r} must be true or false.")
+        if self.hadamard and self.scaling != "row":
+            raise ValueError(
+                f"Int8Recipe.hadamard=True needs scaling='row', not {self.scaling!r}, whose operands are never mixed; "
+                "leave hadamard out."
+            )
+        if self.hadamard:
+            # Recipes that compute the same are equal.
+            object.__setattr__(self, "hadamard", None)
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
             raise TypeError(f"Int8Recipe.block_size={self.block_size!r} must be an integer.")
         if not 16 <= self.block_size <= 256 or self.block_size % 16:
@@ -140,8 +148,7 @@ class Int8Recipe:
             )
         if not (self.forward or self.dgrad or self.wgrad):
             raise ValueError("Int8Recipe runs none of forward, dgrad and wgrad in INT8; leave at least one true.")
-        fused = self.fuse_swiglu and self.scaling == "row" and self.forward and self.dgrad and self.wgrad
-        if self.recompute_swiglu != "nothing" and not fused:
+        if self.recompute_swiglu != "nothing" and not self.fuses:
             raise ValueError(
                 f"Int8Recipe.recompute_swiglu={self.recompute_swiglu!r} needs fused SwiGLU layers: fuse_swiglu=True, "
                 "scaling='row', and forward, dgrad and wgrad in INT8. Otherwise leave it at 'nothing'."
@@ -152,6 +159,11 @@ class Int8Recipe:
                 raise ValueError(
                     f"Int8Recipe.outlier_threshold={self.outlier_threshold} needs scaling='vector', not "
                     f"{self.scaling!r}; 'row' and 'block' keep outliers by block fallback instead."
+                )
+            if not self.forward:
+                raise ValueError(
+                    f"Int8Recipe.outlier_threshold={self.outlier_threshold} needs forward=True: it keeps columns of "
+                    "the forward's X. Leave it at None."
                 )
             if not self.outlier_threshold > 0:
                 raise ValueError(f"Int8Recipe.outlier_threshold={self.outlier_threshold} must be above 0.")
@@ -182,8 +194,13 @@ class Int8Recipe:
 
     @property
     def mixes(self) -> bool:
-        """Whether ``hadamard`` applies: with `row` scaling."""
-        return self.hadamard and self.scaling == "row"
+        """Whether operands are mixed: with `row` scaling, unless ``hadamard`` is false."""
+        return self.scaling == "row" and self.hadamard is not False
+
+    @property
+    def fuses(self) -> bool:
+        """Whether ``fuse_swiglu`` applies: with `row` scaling and all three GEMMs in INT8."""
+        return self.fuse_swiglu and self.scaling == "row" and self.forward and self.dgrad and self.wgrad
 
     def _check_budget(self) -> None:
         if self.budget is None:
@@ -227,7 +244,7 @@ class Int8Recipe:
                 f"Int8Recipe.wgrad_group_tokens={tokens} needs scaling='row' and wgrad=True, not {self.scaling!r} and "
                 f"{self.wgrad}; leave it at None."
             )
-        if self.hadamard:
+        if self.mixes:
             raise ValueError(
                 f"Int8Recipe.wgrad_group_tokens={tokens} with hadamard=True, whose scales span all tokens. Set "
                 "hadamard=False, or leave wgrad_group_tokens at None."
@@ -295,7 +312,7 @@ def resolve_recipe(recipe: str | Int8Recipe | Mapping[str, Any]) -> Int8Recipe:
         values = dict(recipe)
         base = resolve_recipe(values.pop("preset", "row"))
         known = {f.name for f in dataclasses.fields(Int8Recipe)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ValueError(
                 f"Unknown recipe field(s) {', '.join(unknown)}; the fields are preset, {', '.join(sorted(known))}."

@@ -183,10 +183,7 @@ def can_fuse(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> b
         0 < tokens <= MAX_WGRAD_TOKENS
         and all(linear.int8_recipe == recipe and linear.training == gate.training for linear in linears)
         and all(_is_plain(linear) for linear in linears)
-        and recipe.scaling == "row"
-        and recipe.forward
-        and recipe.dgrad
-        and recipe.wgrad
+        and recipe.fuses
         and gate.weight.shape == up.weight.shape
         and down.in_features == gate.out_features
         and gate.weight.dtype == up.weight.dtype == down.weight.dtype

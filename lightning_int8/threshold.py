@@ -198,8 +198,17 @@ def update_thresholds(
     Args:
         module: The converted module, or its fallback states.
         process_group: The ranks that share the model's weights; the default group when ``None``.
+
+    Raises:
+        TypeError: ``module`` is neither. (A module without INT8 layers has no thresholds to move, which is no error.)
     """
-    states = fallback_states(module).values() if isinstance(module, nn.Module) else module
+    found: Any = fallback_states(module).values() if isinstance(module, nn.Module) else module
+    states = list(found) if isinstance(found, Iterable) else [found]
+    if not all(isinstance(state, FallbackState) for state in states):
+        raise TypeError(
+            f"update_thresholds takes the converted module or its fallback_states(module).values(), not "
+            f"{type(module).__name__}."
+        )
     states = [state for state in states if state.operands]
     if not states:
         return

@@ -182,6 +182,9 @@ def test_unknown_peer_and_recipe(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--min-features", "-1"])
     assert "min_features=-1 must be 'auto' or an integer" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--tokens", "0"])
+    assert "argument --tokens: '0' must be an integer of at least 1" in capsys.readouterr().err
 
 
 def test_precisions_train_the_models_own_parameters_and_leave_it_as_it_was() -> None:

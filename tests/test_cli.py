@@ -123,6 +123,8 @@ def test_help_explains_every_argument(capsys):
         ("--trainer.plugins.init_args.recipe=fp8", "Unknown recipe 'fp8'; the presets are row, block"),
         ("--trainer.plugins.init_args.recipe={block_size: 33}", "block_size=33 must be a multiple of 16"),
         ("--trainer.plugins.init_args.recipe={bloc: 32}", "Unknown recipe field(s) bloc"),
+        ("--trainer.plugins.init_args.min_features=-3", "init_args: min_features=-3 must be 'auto' or an integer"),
+        ("--trainer.plugins.init_args.ignore_modules=['']", "'' must be a non-empty string"),
         ("--trainer.plugins.init_args.precision=fp8", "'bf16-mixed', 'bf16-true'"),
         ("--trainer.plugins.init_args.ignore=x", "ignore"),
     ],

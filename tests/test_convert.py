@@ -200,6 +200,29 @@ def test_errors_leave_the_model_as_it_was():
     assert all(is_plain_linear(m) for m in model.modules() if isinstance(m, nn.Linear))
 
 
+@pytest.mark.parametrize("recipe", ["row", {"preset": "block", "block_size": 32}])
+def test_a_new_int8_linear_is_a_converted_one(recipe):
+    torch.manual_seed(0)
+    new = Int8Linear(48, 32, recipe=recipe)
+    torch.manual_seed(0)
+    converted = nn.Linear(48, 32)
+    convert_to_int8(converted, recipe)
+    assert repr(new) == repr(converted)
+    x = torch.randn(16, 48)
+    assert torch.equal(new(x), converted(x))
+    assert thresholds(new).keys() == thresholds(converted).keys()
+    assert convert_to_int8(new, recipe).rows[0].status == "already converted"
+    meta = Int8Linear(48, 32, bias=False, device="meta", dtype=torch.bfloat16, recipe=recipe).to_empty(device="cpu")
+    assert (meta.weight.dtype, meta.bias) == (torch.bfloat16, None)
+    with pytest.raises(ValueError, match="Unknown recipe 'int4'"):
+        Int8Linear(8, 8, recipe="int4")
+
+
+def test_the_device_may_be_a_name():
+    assert convert_to_int8(nn.Linear(16, 16), device="cpu").rows[0].backend == "reference"
+    assert convert_to_int8(nn.Linear(16, 16), device="meta").rows[0].backend == "auto"
+
+
 def test_errors_say_what_is_wrong():
     with pytest.raises(TypeError, match=r"takes a torch\.nn.Module, not type"):
         convert_to_int8(TinyModel)

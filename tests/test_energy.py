@@ -87,8 +87,11 @@ def test_what_counts_as_a_token() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"every_n_steps=0\) must be an integer of at least 1"):
         EnergyMonitor(every_n_steps=0)
-    with pytest.raises(ValueError, match=r"grid_intensity=-1\) must be grams of CO₂e a kWh"):
-        EnergyMonitor(grid_intensity=-1)
+    for wrong in (-1, "400", True, float("nan")):
+        with pytest.raises(ValueError, match=rf"grid_intensity={wrong!r}\) must be grams of CO₂e a kWh"):
+            EnergyMonitor(grid_intensity=wrong)
+    with pytest.raises(ValueError, match=r"tokens=5\) must be a batch's key, a function"):
+        EnergyMonitor(tokens=5)
 
 
 def test_without_an_nvidia_gpu_it_says_so_before_training(tmp_path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 from examples import compare
 from examples.llama import LlamaConfig
 from examples.model import LlamaModule
+from examples.plan import MAX_DEFAULT_STEPS
 from examples.recorder import Curve
 from lightning_int8 import PRESETS
 
@@ -106,7 +108,7 @@ def test_unfinished_run_leaves_latest_alone(setting, tmp_path, monkeypatch) -> N
     ("arguments", "message"),
     [
         (["--recipe", "int4"], "invalid choice: 'int4'"),
-        (["--steps", "0"], "--steps=0 must be at least 1"),
+        (["--steps", "0"], "argument --steps: '0' must be an integer of at least 1"),
         (["--config", "missing.yaml"], "--config=missing.yaml does not exist; ours are"),
     ],
 )
@@ -117,13 +119,119 @@ def test_arguments_are_checked(arguments: list[str], message: str, capsys) -> No
     assert message in capsys.readouterr().err
 
 
+def plan_of(*arguments: str):
+    return compare.parse_arguments(["--accelerator", "cpu", *arguments]).plan
+
+
 def test_plan_follows_the_config_and_the_command_line() -> None:
-    plan = compare.Plan.of(compare.parse_arguments(["--accelerator", "cpu", "--config", str(CONFIGS / "125m.yaml")]))
-    assert plan.steps == compare.MAX_DEFAULT_STEPS
+    plan = plan_of("--config", str(CONFIGS / "125m.yaml"))
+    assert plan.steps == MAX_DEFAULT_STEPS
     assert plan.precision == "32-true"
     assert plan.model["warmup_steps"] < plan.steps
-    plan = compare.Plan.of(compare.parse_arguments(["--accelerator", "cpu", "--seed", "7", "--steps", "9"]))
+    plan = plan_of("--seed", "7", "--steps", "9")
     assert (plan.steps, plan.seed, plan.data["seed"]) == (9, 7, 7)
+    assert plan_of("--config", str(CONFIGS / "1b.yaml")).trainer["accumulate_grad_batches"] == 4
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    """tiny.yaml with other values at dotted names, whose dots are double underscores here."""
+    config = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        part = config
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    file = folder / "changed.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_plugin_of_the_config_is_taken_as_it_is(tmp_path) -> None:
+    recipe = {"preset": "block", "block_size": 32}
+    own = {"recipe": recipe, "precision": "32-true", "min_features": 200, "keep_weights": True}
+    file = str(changed(tmp_path, trainer__plugins__init_args=own))
+    plan = plan_of("--config", file)
+    assert (plan.plugin, plan.recipe) == (own, "block+")
+    plan = plan_of("--config", file, "--recipe", "rowwise", "--precision", "bf16-mixed")
+    assert (plan.plugin, plan.recipe) == (own | {"recipe": "rowwise", "precision": "bf16-mixed"}, "rowwise")
+
+
+def test_a_config_is_read_as_fit_reads_it(tmp_path) -> None:
+    file = changed(tmp_path, data__init_args__vocab_size="${model.init_args.config.vocab_size}")
+    file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    plan = plan_of("--config", str(file))
+    assert (plan.data["vocab_size"], plan.model["learning_rate"]) == (4096, 1e-3)
+    plan = plan_of("--config", str(changed(tmp_path, model__init_args__optimizer="torch.optim.NAdam")))
+    module, data = plan.make()
+    assert type(module.optimizer([torch.zeros(1, requires_grad=True)])) is torch.optim.NAdam
+    assert (data.batch_size, data.seed) == (16, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "has no model.class_path; is it one to put over another"),
+        (
+            {"model__class_path": "my.Model"},
+            "model.class_path: my.Model is not examples.model.LlamaModule, which alone",
+        ),
+        ({"data__class_path": "my.Data"}, "data.class_path: my.Data is not examples.data.TextDataModule"),
+        ({"trainer__plugins": [{"class_path": "my.Plugin"}]}, "trainer.plugins.class_path: my.Plugin is not"),
+        ({"data__init_args__bacth_size": 3}, "bacth_size"),
+        ({"trainer__plugins__init_args": {"recipe": "int4"}}, "Unknown recipe 'int4'"),
+        ({"trainer__strategy": "ddp", "trainer__max_epochs": 2}, "not honour trainer.max_epochs, trainer.strategy."),
+        ({"trainer__devices": 2}, "does not honour trainer.devices=2 (one device is used)"),
+        ({"trainer__callbacks": [{"class_path": "my.EMA"}]}, "does not honour trainer.callbacks: my.EMA"),
+        ({"ckpt_path": "last.ckpt"}, "does not honour ckpt_path"),
+        ({"trainer__limit_val_batches": 0}, "trainer.limit_val_batches: 0 leaves nothing to compare"),
+        ({"seed_everything": True}, "seed_everything: True must be a number"),
+    ],
+)
+def test_what_a_config_asks_for_is_honoured_or_refused(tmp_path, changes, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        plan_of("--config", str(changed(tmp_path, **changes)))
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_defaults_that_a_saved_config_spells_out_are_no_matter(tmp_path) -> None:
+    saved = changed(tmp_path, trainer__strategy="auto", trainer__max_epochs=None, trainer__logger=None, ckpt_path=None)
+    assert plan_of("--config", str(saved)).steps == 100
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        (["--accelerator", "gpu"], "accelerator gpu: PyTorch sees no CUDA GPU here"),
+        (["--precision", "16-mixed"], "precision 16-mixed needs a GPU"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.parse_arguments(arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_accumulated_micro_batches_make_one_step(setting, tmp_path) -> None:
+    folder, arguments = setting
+    config = yaml.safe_load((folder / "small.yaml").read_text())
+    config["trainer"]["accumulate_grad_batches"] = 2
+    file = tmp_path / "accumulated.yaml"
+    file.write_text(yaml.safe_dump(config))
+    whole = compare.parse_arguments(arguments).plan
+    parts = compare.parse_arguments([*arguments, "--config", str(file), "--batch-size", "4"]).plan
+    curves = [
+        compare.train(compare.FULL_PRECISION, plan, tmp_path / str(index))[0]
+        for index, plan in enumerate((whole, parts))
+    ]
+    assert list(curves[1].train_loss) == list(range(1, STEPS + 1))
+    assert list(curves[1].train_loss.values()) == pytest.approx(list(curves[0].train_loss.values()), rel=1e-4)
+    assert list(curves[1].val_loss) == list(curves[0].val_loss)
+
+
+def test_summary_is_valid_json_where_nothing_was_timed(setting) -> None:
+    _, arguments = setting
+    run = compare.main([*arguments, "--steps", "1"])
+    assert "NaN" not in (run / "summary.json").read_text()
+    assert json.loads((run / "summary.json").read_text())["int8"]["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("name", ["tiny", "125m", "1b"])

@@ -43,6 +43,16 @@ def arguments(text: Path, out: Path, *more: str) -> list[str]:
     return ["--text", str(text), "--out", str(out), "--accelerator", "cpu", *sizes, *more]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 19, 100])
+def test_the_learning_rate_reaches_its_peak(steps: int) -> None:
+    factors = [finetune.warmup_linear(step, steps) for step in range(steps + 1)]
+    peak = max(0, steps // 10 - 1)
+    assert factors[peak] == max(factors) == 1.0
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak + 1 :] == sorted(factors[peak + 1 :], reverse=True)
+    assert factors[-1] == 0.0
+
+
 @pytest.mark.parametrize(("tied", "precision"), [(False, "32-true"), (True, "bf16-mixed")])
 def test_a_local_model_learns_and_loads_again(tmp_path, text: Path, capsys, tied: bool, precision: str) -> None:
     model = save_model(tmp_path / "model", text, tied)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import fabric_train, plain_train
+from examples import fabric_train, finetune, plain_train
 from lightning_int8 import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,23 @@ def test_fabric_script_resumes_exactly(text: str, tmp_path) -> None:
     second = fabric_train.main([*arguments, "--steps", "6", "--checkpoint", checkpoint])
     assert first + second == whole
     assert whole[-1] < whole[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (plain_train, ["--steps", "-3"]),
+        (fabric_train, ["--steps", "0"]),
+        (finetune, ["model", "--steps", "0"]),
+        (finetune, ["model", "--batch-size", "0"]),
+        (finetune, ["model", "--sequence-length", "x"]),
+    ],
+)
+def test_numbers_are_at_least_one(script, arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        script.main(arguments)
+    assert error.value.code == 2
+    assert f"{arguments[-2]}: '{arguments[-1]}' must be an integer of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["plain_train.py", "fabric_train.py"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ import yaml
 
 from examples.llama import LlamaConfig
 from examples.study import corpus
-from examples.study.__main__ import main
+from examples.study.__main__ import main, parse_arguments
 from examples.study.module import StudyModule
 from examples.study.plan import PLANS, Run, in_order, load
 from examples.study.queue import Job, _take
@@ -335,6 +336,23 @@ def test_masked_loss_is_of_the_masked_tokens_only():
     assert loss.item() == pytest.approx(5.7, abs=0.5)
     assert module.loss(batch, 3).item() == loss.item()
     assert module.loss(batch, 4).item() != loss.item()
+
+
+def test_no_two_yamls_are_the_same_run():
+    runs: dict[Any, str] = {}
+    for file in sorted(PLANS.glob("*.yaml")):
+        run = load(file)
+        fields = dataclasses.asdict(run) | {"name": "", "keep_weights": False, "keep_branch": False}
+        same = runs.setdefault(repr(fields | {"int8": run.recipe}), run.name)
+        assert same == run.name, f"{run.name} repeats {same}"
+
+
+@pytest.mark.parametrize("arguments", [["--tokens", "-5"], ["--tokens", "nan"], ["--tokens", "0"], ["--runs", "row@0"]])
+def test_numbers_of_tokens_are_checked(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)
+    assert "of at least 1, such as" in capsys.readouterr().err
+    assert parse_arguments(["--tokens", "5e6"]).tokens == 5_000_000
 
 
 def test_every_yaml_of_the_study_is_a_run():

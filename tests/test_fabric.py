@@ -101,6 +101,12 @@ def test_outer_precision_does_what_fabrics_own_does(precision):
     assert seen[0] == seen[1]
 
 
+def test_16_mixed_on_a_cpu_is_refused():
+    _, model, _ = setup(plugin(precision="16-mixed"))
+    with pytest.raises(ValueError, match=r"FabricFallbackInt8Precision\(precision='16-mixed'\) needs a GPU"):
+        model(batches(1)[0])
+
+
 def test_checkpoint_resumes_with_the_same_losses(tmp_path):
     fabric, model, optimizer = setup(plugin())
     whole = train(fabric, model, optimizer, 0, 6)

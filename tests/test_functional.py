@@ -123,10 +123,10 @@ def test_features_padded_for_mixing_change_nothing():
 @pytest.mark.parametrize("preset", ["block", "rowwise"])
 def test_only_row_scaling_mixes(preset):
     x, weight, dy = heavy_tailed(128, 192, 64)
-    on, off = ({"preset": preset, "hadamard": hadamard} for hadamard in (True, False))
-    assert not resolve_recipe(on).mixes
-    assert FallbackState(resolve_recipe(on)).operands == FallbackState(resolve_recipe(off)).operands
-    results = [gradients(x, weight, None, dy, recipe=recipe) for recipe in (on, off)]
+    default, off = {"preset": preset}, {"preset": preset, "hadamard": False}
+    assert not resolve_recipe(default).mixes
+    assert FallbackState(resolve_recipe(default)).operands == FallbackState(resolve_recipe(off)).operands
+    results = [gradients(x, weight, None, dy, recipe=recipe) for recipe in (default, off)]
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
 
@@ -420,6 +420,13 @@ def test_an_empty_batch_is_empty():
     [
         (torch.ones(2, 4, dtype=torch.int8), torch.ones(3, 4), None, TypeError, "x is torch.int8; it must be a real"),
         (torch.ones(2, 4), torch.ones(3, 4, dtype=torch.complex64), None, TypeError, "weight is torch.complex64"),
+        (
+            torch.ones(2, 4),
+            torch.ones(3, 4),
+            torch.ones(3).double(),
+            TypeError,
+            "bias is torch.float64 but x and weight",
+        ),
         (
             torch.ones(2, 5),
             torch.ones(3, 4),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -187,12 +188,11 @@ def test_the_scaler_is_saved_with_the_thresholds(tmp_path):
     assert other.scaler.get_scale() == 2.0**15
 
 
-def test_16_mixed_on_a_cpu_becomes_bf16_as_lightnings_own(tmp_path):
-    precision = plugin(precision="16-mixed")
-    with pytest.warns(UserWarning, match="using 'bf16-mixed' instead"):
-        trainer(tmp_path, plugin=precision).fit(TinyModule())
-    assert precision.precision == "bf16-mixed"
-    assert precision.scaler is None
+def test_16_mixed_on_a_cpu_is_refused(tmp_path):
+    model = TinyModule()
+    with pytest.raises(ValueError, match=r"'16-mixed'\) needs a GPU.*Use 'bf16-mixed' or '32-true'"):
+        trainer(tmp_path, plugin=plugin(precision="16-mixed")).fit(model)
+    assert model.losses == []
 
 
 class InputWithGradient(Callback):
@@ -445,13 +445,20 @@ def test_wrong_arguments():
         FallbackInt8Precision(precision="bf16")
     with pytest.raises(ValueError, match="Unknown recipe 'fp8'"):
         FallbackInt8Precision("fp8")
-    with pytest.raises(TypeError, match=r"must be a list of patterns: \['lm_head'\]"):
-        FallbackInt8Precision(ignore_modules="lm_head")
+    for cls in (FallbackInt8Precision, FabricFallbackInt8Precision):
+        for patterns in ("lm_head", 5, True):
+            with pytest.raises(TypeError, match=r"must be a list of patterns, such as \['lm_head'\]"):
+                cls(ignore_modules=patterns)
+        for patterns, wrong in (([1], "1"), ([""], "''")):
+            with pytest.raises(TypeError, match=f": {wrong} must be a non-empty string"):
+                cls(ignore_modules=patterns)
 
 
-def test_precision_and_plugin_together_is_lightnings_error(tmp_path):
-    with pytest.raises(ValueError, match="Received both"):
+def test_precision_and_plugin_together_is_lightnings_error(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    with pytest.raises(ValueError, match="Received both") as error:
         trainer(tmp_path, plugin=plugin(), precision="bf16-mixed")
+    assert "needs the Trainer" not in str(error.value)
 
 
 def test_wrong_trainer_says_which_import(tmp_path):

@@ -33,6 +33,17 @@ def test_a_mapping_changes_a_preset_and_accepts_yaml_lists():
     assert "activation_band=(0.05, 0.15)" in recipe.describe()
 
 
+def test_rows_are_mixed_unless_that_is_turned_off():
+    assert resolve_recipe({"hadamard": True}) == PRESETS["row"]
+    assert Int8Recipe(hadamard=True).describe() == "row"
+    off = Int8Recipe(hadamard=False)
+    assert off.describe() == "Int8Recipe(hadamard=False)"
+    assert [recipe.mixes for recipe in (PRESETS["row"], off, PRESETS["block"], PRESETS["rowwise"])] == [True] + 3 * [
+        False
+    ]
+    assert not resolve_recipe({"preset": "row", "scaling": "block"}).mixes
+
+
 def test_a_recipe_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["row"].block_size = 64  # type: ignore[misc]
@@ -72,6 +83,13 @@ def test_a_recipe_is_frozen_and_hashable():
             r"stochastic_rounding='all' with hadamard=True, .* Choose stochastic_rounding='small', or",
         ),
         ({"hadamard": 128}, TypeError, r"hadamard=128 must be true or false"),
+        ({"preset": "block", "hadamard": True}, ValueError, r"hadamard=True needs scaling='row', not 'block'"),
+        ({"preset": "llm_int8", "hadamard": True}, ValueError, r"hadamard=True needs scaling='row', not 'vector'"),
+        (
+            {"preset": "llm_int8", "forward": False, "dgrad": True},
+            ValueError,
+            r"outlier_threshold=6.0 needs forward=True: .* Leave it at None",
+        ),
         ({"wgrad_group_tokens": 4096.0}, TypeError, r"wgrad_group_tokens=4096.0 must be an integer or None"),
         (
             {"wgrad_group_tokens": 1000},
@@ -91,6 +109,7 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"activation_band": (0.1, 0.3)}, ValueError, r"budget=0.05 with .* or no fallback, set budget=None"),
         ({"preset": "fp8"}, ValueError, r"Unknown recipe 'fp8'; the presets are row, block"),
         ({"bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) bands"),
+        ({1: 2, "bands": (0, 0)}, ValueError, r"Unknown recipe field\(s\) 1, bands"),
     ],
 )
 def test_bad_fields_are_named(fields, error, says):

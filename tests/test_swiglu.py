@@ -227,6 +227,15 @@ def test_nothing_can_be_computed_again_in_layers_that_are_not_fused(other):
         converted(recompute_swiglu="all", **({"fuse": False} if "fuse_swiglu" in other else other))
 
 
+@pytest.mark.parametrize("recipe", ["block", "jetfire", "rowwise", "llm_int8", {"wgrad": False}])
+def test_recipes_that_never_fuse_report_nothing_fused(recipe):
+    module = SwiGLU(False)
+    report = convert_to_int8(module, recipe)
+    assert report.fused == ()
+    assert not is_fused(module)
+    assert "fused" not in report.summary()
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
 def test_layers_of_transformers(fused_calls, name):
     transformers = pytest.importorskip("transformers")

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_int8 import PRESETS, FallbackState, Int8Recipe, convert_to_int8, fallback_states, update_thresholds
 from lightning_int8.threshold import (
@@ -263,3 +264,17 @@ def test_a_forward_on_the_meta_device_leaves_no_thresholds_there():
     meta = {name: parameter.to("meta") for name, parameter in fresh.named_parameters()}
     torch.func.functional_call(fresh, meta, (torch.empty(4, WIDTH, device="meta"),))
     assert_same(thresholds(fresh), known)
+
+
+@pytest.mark.parametrize("wrong", ["abc", 5, [nn.Linear(4, 4)], {"layer": FallbackState(RECIPE)}])
+def test_what_has_no_thresholds_is_refused(wrong):
+    with pytest.raises(TypeError, match=f"its fallback_states.module..values.., not {type(wrong).__name__}"):
+        update_thresholds(wrong)
+
+
+def test_a_module_without_int8_layers_has_nothing_to_move():
+    update_thresholds(nn.Linear(4, 4))
+    update_thresholds(state for state in ())
+    moved = state_of([1.0, 2.0, 2.0, NAN])
+    update_thresholds(state for state in (moved,))
+    assert moved.tensor[0, THRESHOLD] != 1.0

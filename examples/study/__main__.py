@@ -34,6 +34,7 @@ from examples.study.queue import Job, start_server, work_off
 from examples.study.results import write_results
 from examples.study.start import starting_file, tokens_to_train
 from examples.text import TokenCache
+from lightning_int8.arguments import count, positive
 
 SHARED = Path(__file__).parent / "study.yaml"
 
@@ -46,9 +47,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="*", help="NAME or NAME@TOKENS; default: every YAML of --plans")
     parser.add_argument("--plans", type=Path, default=PLANS, help="folder of the runs' YAMLs (%(default)s)")
     parser.add_argument("--shared", type=Path, default=SHARED, help="YAML of what all runs share (%(default)s)")
-    parser.add_argument("--tokens", type=float, help="tokens a run, such as 5e6; default: the shared YAML's")
-    parser.add_argument("--batch-size", type=int, help="sequences a step; default: the shared YAML's")
-    parser.add_argument("--max-bytes", type=float, help="text to take of each corpus; default: the shared YAML's")
+    parser.add_argument("--tokens", type=count, help="tokens a run, such as 5e6; default: the shared YAML's")
+    parser.add_argument("--batch-size", type=positive, help="sequences a step; default: the shared YAML's")
+    parser.add_argument("--max-bytes", type=count, help="text to take of each corpus; default: the shared YAML's")
     parser.add_argument("--accelerator", choices=["auto", "cpu"], help="default: the shared YAML's")
     parser.add_argument(
         "--devices",
@@ -85,9 +86,9 @@ def _parse_run(text: str, known: list[str]) -> tuple[str, int | None]:
     if name not in known:
         raise ValueError(f"--runs: {name} not among {', '.join(known)}.")
     try:
-        return name, int(float(tokens)) if tokens else None
-    except ValueError:
-        raise ValueError(f"--runs {text}: after the @ a number of tokens, such as 25e6.") from None
+        return name, count(tokens) if tokens else None
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"--runs {text}: after the @ a number of tokens of at least 1, such as 25e6.") from None
 
 
 def _devices(text: str, accelerator: str) -> list[str]:
@@ -175,10 +176,10 @@ def _studies(arguments: argparse.Namespace) -> dict[Path, tuple[dict[str, Any], 
     """What the runs share, and the runs by name, for each number of tokens."""
     shared = yaml.safe_load(arguments.shared.read_text())
     for group, key, value in (
-        (shared, "tokens", arguments.tokens and int(arguments.tokens)),
+        (shared, "tokens", arguments.tokens),
         (shared, "accelerator", arguments.accelerator),
         (shared["data"], "batch_size", arguments.batch_size),
-        (shared["data"], "max_bytes", arguments.max_bytes and int(arguments.max_bytes)),
+        (shared["data"], "max_bytes", arguments.max_bytes),
     ):
         if value is not None:
             group[key] = value

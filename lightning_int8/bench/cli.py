@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
+from lightning_int8.arguments import positive
 from lightning_int8.bench.precisions import TORCHAO
 from lightning_int8.bench.report import added, tables, write
 from lightning_int8.bench.run import Run
@@ -59,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--min-features", type=min_features, help="'auto' or a number, for the step; default: the config's, or 0"
     )
-    made.add_argument("--tokens", type=int, default=16384, help="tokens a step (a YAML's data decide for themselves)")
+    made.add_argument(
+        "--tokens", type=positive, default=16384, help="tokens a step (a YAML's data decide for themselves)"
+    )
     made.add_argument("--shapes", nargs="+", type=shape, metavar="K,N", help="linears to time, as in,out features")
     made.add_argument("--sections", nargs="+", choices=[*SECTIONS, FIRST_STEP], default=[*SECTIONS, FIRST_STEP])
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the command out, no more")
