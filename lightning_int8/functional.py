@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functions
 from torch.nn import functional as F
 
 from lightning_int8.kernels import backends
@@ -31,10 +30,19 @@ from lightning_int8.sharing import leave_planes, shared_planes
 from lightning_int8.threshold import FallbackState
 
 
-def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+def differentiable_once(
+    backward: Callable[..., tuple[Tensor | None, ...]], linear: bool = True
+) -> Callable[..., tuple[Tensor | None, ...]]:
     """A backward whose gradients raise when they are differentiated again, instead of passing for constants.
 
-    PyTorch's ``once_differentiable`` lets gradients pass whose dY is a constant, though dX depends on W and dW on X.
+    PyTorch's ``once_differentiable`` lets gradients pass whose dY is a constant, though dX depends on W and dW on X,
+    and raises only where the whole graph is walked: a node that is told of dY and W is reached from whatever the caller
+    differentiates by. (X alone, through dW of a dY that does not depend on it, PyTorch says is not in the graph.)
+
+    Args:
+        backward: Of an ``autograd.Function``, its first argument the context.
+        linear: Whether dX is the same for every X. Otherwise nothing would be told of X where dY is a constant, so that
+            raises at once.
     """
 
     @functools.wraps(backward)
@@ -42,17 +50,44 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         # Elsewhere there is no graph to add to: the backward of a compiled program raises in a second one by itself.
         if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grad_outputs)
+        if not linear and not any(dy.requires_grad for dy in grad_outputs):
+            raise RuntimeError(_TWICE)
+        unpacked = _Unpacked(ctx)
         with torch.no_grad():
-            gradients = backward(ctx, *grad_outputs)
-        error = _functions.DelayedError(_TWICE, len(gradients))
-        return error(*[None if g is None else g.detach().requires_grad_() for g in gradients])
+            gradients = backward(unpacked, *grad_outputs)
+        anchors = [t for t in (*grad_outputs, *unpacked.saved_tensors) if t is not None and t.requires_grad]
+        found = [g for g in gradients if g is not None]
+        once = iter(_Once.apply(len(found), *found, *anchors))
+        return tuple(None if g is None else next(once) for g in gradients)
 
     return wrapper
 
 
+class _Unpacked:
+    """The context of a backward, its saved tensors unpacked once, as checkpointing's hooks want it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Once(torch.autograd.Function):
+    """The first ``count`` of ``tensors``, which depend on the others in a way that has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
+        raise RuntimeError(_TWICE)
+
+
 _TWICE = (
-    b"An INT8 linear cannot be differentiated twice (gradient penalties, Hessian-vector products). Name the layers "
-    b"that such a loss goes through in ignore_modules, or train them without INT8."
+    "An INT8 linear cannot be differentiated twice (gradient penalties, Hessian-vector products). Name the layers that "
+    "such a loss goes through in ignore_modules, or train them without INT8."
 )
 
 

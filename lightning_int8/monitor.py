@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -147,7 +148,7 @@ class FallbackRateMonitor(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Only what needs no other rank, which may be gone.
-        if trainer.training and trainer.world_size == 1:
+        if trainer.state.fn == TrainerFn.FITTING and self._metric is not None and trainer.world_size == 1:
             self._finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -287,13 +287,17 @@ class Int8PluginCore:
                 parts.append(f"has thresholds for {_some(unknown)}, not an INT8 layer of this model{hint}")
             if missing:
                 parts.append(f"lacks thresholds for {_some(missing)}")
-            raise ValueError(
-                f"The checkpoint's INT8 state {' and '.join(parts)}. Resume with the model, recipe and ignore_modules "
-                f"it was trained with, or seed new thresholds by {seeds_anew}."
-            )
-        for name, state in states.items():
+            differs = f"The checkpoint's INT8 state {' and '.join(parts)}."
+            # Without any, it was saved by a process that only started others (ddp_spawn) and converted no model.
+            if saved and not self._evaluates():
+                raise ValueError(
+                    f"{differs} Resume with the model, recipe and ignore_modules it was trained with, or seed new "
+                    f"thresholds by {seeds_anew}."
+                )
+            rank_zero_warn(f"{differs} Layers without thresholds seed their own.")
+        for name in [name for name in states if name in saved]:
             try:
-                state.load_state_dict(saved[name])
+                states[name].load_state_dict(saved[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error} (They are dropped by {seeds_anew}.)") from None
 

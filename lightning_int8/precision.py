@@ -50,9 +50,9 @@ class FallbackInt8Precision(Int8PluginCore, FSDPPrecision):
             this stay in the outer precision. "auto": those that `lightning-int8-bench` found too small to gain on the
             GPU; 0: none.
         keep_weights: Whether each weight's INT8 planes (two bytes a weight) are kept from the first micro-batch to the
-            optimizer step instead of made twice for each. "auto": when gradients are accumulated. Sharded weights, and
-            those that a hook makes (weight norm), never are. Where ``training_step`` itself changes weights before the
-            forward of a compiled layer (SAM), give false: eager layers notice.
+            optimizer step instead of made twice for each. "auto": when gradients are accumulated. Sharded and frozen
+            weights, and those that a hook makes (weight norm), never are. Where weights that train change within an
+            optimizer step, give false: through ``.data`` that is not noticed, nor by compiled layers in any way (SAM).
 
     Raises:
         TypeError: An argument has the wrong type.

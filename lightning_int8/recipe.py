@@ -137,6 +137,11 @@ class Int8Recipe:
                 f"Int8Recipe.block_size={self.block_size} must be a multiple of 16 from 16 to 256; 128 is the default, "
                 "32 is Jetfire's."
             )
+        if self.mixes and 256 % self.block_size:
+            raise ValueError(
+                f"Int8Recipe.block_size={self.block_size} does not fit the 128 values that are mixed: take 16, 32, 64, "
+                "128 or 256, or hadamard=False."
+            )
         for name in ("activation_band", "gradient_band"):
             object.__setattr__(self, name, _checked_band(name, getattr(self, name)))
         self._check_budget()

@@ -11,6 +11,7 @@ thresholds are those of the three layers called one by one.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class _Int8SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once
+    @functools.partial(differentiable_once, linear=False)
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         tensors, groups = list(ctx.saved_tensors), []

@@ -50,13 +50,14 @@ def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
     """Quantizes the weights whose planes are not kept yet, or are no longer those of the weight.
 
     Weights that are shards (FSDP, tensor parallelism) are left out, since whole ones come and go with each forward, as
-    are those that a hook or parametrization makes anew (weight norm, pruning).
+    are those that a hook or parametrization makes anew (weight norm, pruning), and frozen ones: what averages them or
+    merges adapters into them between micro-batches often goes through ``.data``, of which nothing is noticed.
 
     Args:
         module: The converted module, or its :func:`linears_to_keep`.
     """
     for linear in linears_to_keep(module) if isinstance(module, nn.Module) else module:
-        if not linear.training or not _has_whole_parameter(linear):
+        if not linear.training or not linear.weight.requires_grad or not _has_whole_parameter(linear):
             continue
         weight = linear.weight
         source = _source(weight)
@@ -68,14 +69,13 @@ def keep_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
 
 
 def drop_weight_planes(module: nn.Module | Iterable[Int8Linear]) -> None:
-    """Forgets the planes of the weights that train; a frozen weight's stay good.
+    """Forgets all planes.
 
     Args:
         module: As for :func:`keep_weight_planes`.
     """
     for linear in linears_to_keep(module) if isinstance(module, nn.Module) else module:
-        if linear.weight.requires_grad:
-            linear.int8_kept_weight = None
+        linear.int8_kept_weight = None
 
 
 def planes_of_weight(linear: Int8Linear) -> QuantizedWeight | None:

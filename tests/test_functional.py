@@ -521,6 +521,27 @@ def test_differentiating_twice_raises(recipe, constant_dy):
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_differentiating_twice_by_named_tensors_raises(recipe):
+    x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+
+    def penalty():
+        y = x * int8_linear(x, weight, recipe=recipe)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    for what in (weight, x):
+        with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+            torch.autograd.grad(penalty(), what)
+        with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+            penalty().backward(inputs=[what])
+    ones = torch.ones_like(x)
+    with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+        torch.autograd.functional.hvp(lambda z: int8_linear(z, weight, recipe=recipe).square().sum(), x, ones)
+    with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+        torch.autograd.functional.jvp(lambda z: int8_linear(z, weight, recipe=recipe), x, ones)
+
+
 def test_a_graph_of_the_backward_changes_no_gradient():
     x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
     for checkpointed in (False, True):

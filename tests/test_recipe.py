@@ -57,6 +57,7 @@ def test_a_recipe_is_frozen_and_hashable():
         ({"backend": "cuda"}, ValueError, r"backend='cuda' must be one of 'auto'"),
         ({"block_size": 100}, ValueError, r"block_size=100 must be a multiple of 16"),
         ({"block_size": 512}, ValueError, r"from 16 to 256"),
+        ({"block_size": 48}, ValueError, r"block_size=48 does not fit .* 128 or 256, or hadamard=False"),
         ({"block_size": "128"}, TypeError, r"block_size='128' must be an integer"),
         ({"activation_band": (0.3, 0.1)}, ValueError, r"activation_band=\(0.3, 0.1\) must satisfy 0 <= lowest"),
         ({"gradient_band": (0.1, 1.5)}, ValueError, r"gradient_band=\(0.1, 1.5\)"),

@@ -339,6 +339,10 @@ def test_copies_and_pickles_stay_fused(fused_calls):
 
 def test_differentiating_twice_raises():
     x = torch.randn(32, 48, requires_grad=True)
-    (gradient,) = torch.autograd.grad(converted()(x.tanh()).sum(), x, create_graph=True)
+    layer = converted()
     with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
-        gradient.square().sum().backward()
+        torch.autograd.grad(layer(x.tanh()).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(layer(x.tanh()).square().sum(), x, create_graph=True)
+    for inputs in (None, [x], list(layer.parameters())):
+        with pytest.raises(RuntimeError, match="INT8 linear cannot be differentiated twice"):
+            gradient.square().sum().backward(inputs=inputs, retain_graph=True)

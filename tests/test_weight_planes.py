@@ -131,12 +131,22 @@ def test_evaluation_reads_the_weight_itself():
         assert torch.equal(first, output(module))
 
 
-def test_a_frozen_weight_keeps_its_planes(weights_quantized):
+@pytest.mark.strict
+def test_a_frozen_weight_is_never_kept():
     module = linear().requires_grad_(False)
-    for _ in range(3):
-        keep_weight_planes(module)
-        drop_weight_planes(module)
-    assert len(weights_quantized) == 1
+    keep_weight_planes(module)
+    module.weight.data.mul_(0.5).add_(0.1)  # as averaging a teacher does: without PyTorch noticing
+    read = output(module)
+    drop_weight_planes(module)
+    assert torch.equal(read, output(module))
+
+
+def test_a_weight_that_was_frozen_since_loses_its_planes():
+    module = linear()
+    keep_weight_planes(module)
+    module.requires_grad_(False)
+    drop_weight_planes(module)
+    assert module.int8_kept_weight is None
 
 
 def test_moving_the_layer_drops_its_planes():
