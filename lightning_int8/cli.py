@@ -13,14 +13,27 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_int8.checkpoint import CorruptedCheckpointError, verify_checkpoint
 from lightning_int8.precision import FallbackInt8Precision
 
 
+class _VerifyResumed(Callback):
+    """Verifies what "last", "best" and the like turn out to be, when it is loaded and before it is trained."""
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        path = trainer.ckpt_path
+        if path and os.path.isfile(path):
+            verify_checkpoint(path)
+
+
 class Int8CLI(LightningCLI):
     """A LightningCLI that reports the plugin's wrong values or a corrupted checkpoint in one line, before the Trainer.
+
+    A checkpoint that is named in words ("last", "best") is verified when Lightning has found it.
 
     The model's arguments come from the config and the command line alone, also when a checkpoint is resumed.
     """
@@ -32,12 +45,18 @@ class Int8CLI(LightningCLI):
         """Verifies the checkpoint."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
-        # "last", "best" and the like are no files.
+        # "last", "best" and the like are no files: see `_VerifyResumed`.
         if path and os.path.isfile(path):
             try:
                 verify_checkpoint(path)
             except CorruptedCheckpointError as error:
                 parser.error(f"ckpt_path: {error}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Adds what verifies checkpoints."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(_VerifyResumed())  # type: ignore[attr-defined]
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         """Lightning calls this between parsing and instantiation."""

@@ -119,6 +119,7 @@ class EnergyMonitor(pl.Callback):
         self.tokens_seen = 0
         self._reader: EnergyReader | None = None
         self._last_joules = 0.0
+        self._measuring = False
         self._new_tokens = 0
         self._seen_step = 0
 
@@ -144,7 +145,7 @@ class EnergyMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts to measure."""
         self._seen_step, self._new_tokens = trainer.global_step, 0
-        self._last_joules = self._read(trainer)
+        self._last_joules, self._measuring = self._read(trainer), True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,9 +158,15 @@ class EnergyMonitor(pl.Callback):
         if self._seen_step % self.every_n_steps == 0:
             self._record(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Writes what was measured until then, where that needs no other rank, which may be gone."""
+        if self._measuring and trainer.world_size == 1:
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes in the last steps, prints the total and writes ``energy.json``."""
         self._record(trainer)
+        self._measuring = False
         # Asked on every rank: it broadcasts.
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir
         if not trainer.is_global_zero:

@@ -68,6 +68,7 @@ class Int8PluginCore:
         self._modules: list[nn.Module] = []
         self._stepped_states: list[FallbackState] | None = None
         self._kept_linears: list[Int8Linear] | None = None
+        self._states_made = 0
         self._outer: Any = None
         self._bound_to: tuple[str, bool] = ("", False)
         self._pending_thresholds: dict[str, Any] | None = None
@@ -180,11 +181,18 @@ class Int8PluginCore:
 
     def _refresh_weights(self) -> None:
         if self._keeps_weights() and torch.is_grad_enabled() and not self._bound_to[1]:
+            self._look_again()
             if self._kept_linears is None:
                 self._kept_linears = [linear for module in self._modules for linear in linears_to_keep(module)]
             keep_weight_planes(self._kept_linears)
 
     # thresholds
+
+    def _look_again(self) -> None:
+        """Forgets which layers there are when some may have come since, as where a model grows while it trains."""
+        if self._states_made != FallbackState.made:
+            self._states_made = FallbackState.made
+            self._stepped_states = self._kept_linears = None
 
     def _step(self, step: Callable[[], T]) -> T:
         """Runs an optimizer step and moves the thresholds after it.
@@ -196,6 +204,7 @@ class Int8PluginCore:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         result = step()
         drop_weight_planes(self._kept_linears or ())
+        self._look_again()
         if self._stepped_states is None:
             # Walking a large model's modules after every step would cost more than moving its thresholds.
             self._stepped_states = list(self._states().values())

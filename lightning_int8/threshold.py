@@ -49,6 +49,14 @@ class FallbackState:
             by.
     """
 
+    # How many there have ever been: whoever keeps a list of a model's states looks again when it has changed.
+    made = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> FallbackState:
+        # Copies and pickles come here, too.
+        FallbackState.made += 1
+        return super().__new__(cls)
+
     def __init__(self, recipe: Int8Recipe, features: tuple[int, int] = (1, 1)) -> None:
         """Makes a state without thresholds.
 

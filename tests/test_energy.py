@@ -63,6 +63,29 @@ def test_a_resumed_run_goes_on_counting(tmp_path) -> None:
     assert json.loads((tmp_path / "energy/energy.json").read_text())["tokens"] == 4 * BATCH
 
 
+def test_an_interrupted_run_leaves_what_it_measured(tmp_path) -> None:
+    class Interrupted(TinyModule):
+        def training_step(self, batch, batch_index):
+            if batch_index == 3:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_index)
+
+    run = trainer(tmp_path, plugin=None, callbacks=[EnergyMonitor(every_n_steps=2, reader=Ticking())])
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(Interrupted(steps=5))
+    assert json.loads((tmp_path / "energy.json").read_text())["tokens"] == 3 * BATCH
+
+
+def test_an_error_before_training_counts_nothing(tmp_path) -> None:
+    class Broken(TinyModule):
+        def configure_optimizers(self):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, plugin=None, callbacks=[EnergyMonitor(reader=Ticking())]).fit(Broken(steps=5))
+    assert not (tmp_path / "energy.json").exists()
+
+
 def test_accumulated_batches_count_once_each(tmp_path) -> None:
     reader = Ticking()
     monitor = EnergyMonitor(every_n_steps=1, reader=reader, tokens=lambda batch: 10)

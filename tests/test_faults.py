@@ -170,6 +170,20 @@ def test_missing_files_folders_addresses_and_old_formats(tmp_path: Path) -> None
     assert VerifiedCheckpointIO().load_checkpoint(tmp_path / "old.ckpt") == {"n": 3}
 
 
+def test_the_command_line_refuses_what_last_turns_out_to_be(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    saver = '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true}}]'
+    common = ["--model=tests.tiny.TinyModule", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    common += [f"--trainer.callbacks={saver}", "--trainer.logger=false"]
+    main(["fit", *common, "--trainer.max_epochs=1"])
+    (last,) = tmp_path.rglob("last.ckpt")
+    main(["fit", *common, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    last = max(tmp_path.rglob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    flip(last, last.stat().st_size // 2)
+    with pytest.raises(CorruptedCheckpointError, match="is corrupted"):
+        main(["fit", *common, "--trainer.max_epochs=3", "--ckpt_path=last"])
+
+
 def test_the_command_line_refuses_it_in_one_line(checkpoint: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     flip(checkpoint, checkpoint.stat().st_size // 2)

@@ -108,6 +108,17 @@ def test_without_a_logger_files_go_to_the_root_or_dirpath(tmp_path):
     assert 0 < monitor.mean_rate < 1
 
 
+def test_an_interrupted_evaluation_leaves_what_was_seen(tmp_path):
+    class Interrupted(TinyModule):
+        def validation_step(self, batch, batch_index):
+            if not self.trainer.sanity_checking:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, plugin=plugin(), callbacks=[FallbackRateMonitor(every_n_steps=1)]).fit(Interrupted())
+    assert (tmp_path / "fallback_rate.csv").exists()
+
+
 def test_several_loggers_and_accumulation(tmp_path):
     loggers = [CSVLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="b")]
     monitor = FallbackRateMonitor(every_n_steps=1)

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_int8 import PRESETS, FabricFallbackInt8Precision, FallbackInt8Precision, Int8Linear, fallback_states
-from lightning_int8.threshold import THRESHOLD
+from lightning_int8.threshold import RATE, THRESHOLD, TOTAL_BLOCKS
 from tests.tiny import (
     GPU_RECIPE,
     RECIPE,
@@ -369,6 +369,46 @@ def test_thresholds_that_adapt_to_the_recipe_go_on_with_one_warning(tmp_path, be
     (text,) = [str(w.message) for w in warned if "another recipe" in str(w.message)]
     assert re.search(says, text)
     assert_same(saved, seen[0])
+
+
+def test_thresholds_of_layers_that_come_while_training_move(tmp_path):
+    class Growing(TinyModule):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.model.layers.append(copy.deepcopy(self.model.layers[0]))
+                self.trainer.optimizers[0].add_param_group({"params": list(self.model.layers[-1].parameters())})
+
+    model = Growing(steps=4)
+    trainer(tmp_path, plugin=plugin(), max_epochs=3).fit(model)
+    grown = {name: table for name, table in thresholds(model).items() if name.startswith("model.layers.2.")}
+    assert grown
+    assert all(table[0, RATE].isfinite() and table[0, TOTAL_BLOCKS] == 0 for table in grown.values())
+
+
+def test_an_evaluation_takes_the_thresholds_of_the_layers_that_both_have(tmp_path):
+    run = trainer(tmp_path, plugin=plugin(ignore_modules=["lm_head"]))
+    run.fit(TinyModule())
+    run.save_checkpoint(path := tmp_path / "some.ckpt")
+    model = TinyModule()
+    with pytest.warns(UserWarning, match=r"lacks thresholds for model\.lm_head\. Layers without"):
+        trainer(tmp_path, plugin=plugin()).validate(model, ckpt_path=path, verbose=False)
+    found = {name: bool(table[0, THRESHOLD].isfinite()) for name, table in thresholds(model).items()}
+    assert found.pop("model.lm_head") is False
+    assert set(found.values()) == {True}
+
+
+def test_a_checkpoint_without_thresholds_seeds_them(tmp_path):
+    run = trainer(tmp_path, plugin=plugin())
+    run.fit(TinyModule())
+    run.save_checkpoint(path := tmp_path / "spawned.ckpt")
+    saved = torch.load(path, weights_only=True)
+    # As the process that started others by ddp_spawn saves it, whose own model nobody converted.
+    saved["FallbackInt8Precision"]["thresholds"] = {}
+    torch.save(saved, path)
+    model = TinyModule()
+    with pytest.warns(UserWarning, match="lacks thresholds for .* Layers without thresholds seed their own"):
+        trainer(tmp_path, plugin=plugin(), max_epochs=2).fit(model, ckpt_path=path)
+    assert all(table[0, THRESHOLD].isfinite() for table in thresholds(model).values())
 
 
 def test_what_thresholds_do_not_depend_on_may_change_in_silence(tmp_path):
