@@ -33,7 +33,6 @@ from examples.report import print_table, write_curves, write_metrics, write_summ
 from lightning_int8 import PRESETS, FallbackInt8Precision, FallbackRateMonitor
 from lightning_int8.arguments import positive
 from lightning_int8.plugin_core import OuterPrecision
-from lightning_int8.threshold import FallbackState
 
 FULL_PRECISION, INT8 = "full_precision", "int8"
 
@@ -95,7 +94,7 @@ def train(name: str, plan: Plan, folder: Path) -> tuple[Curve, LlamaModule, Text
     else:
         plugin = FallbackInt8Precision(**plan.plugin)
         precision = {"plugins": plugin}
-        if FallbackState(plugin.recipe).operands:
+        if plugin.recipe.falls_back:
             monitor = FallbackRateMonitor(every_n_steps=max(1, plan.steps // 60), dirpath=str(folder))
             callbacks.append(monitor)
     trainer = L.Trainer(

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from examples.data import TextDataModule
 from examples.model import LlamaModule
 from lightning_int8 import FallbackInt8Precision, resolve_recipe
+from lightning_int8.cli import instantiate
 
 CONFIGS = Path(__file__).parent / "configs"
 # A config meant for a long training is cut to this, so that the comparison stays a matter of minutes.
@@ -137,9 +138,7 @@ class Plan:
     def make(self) -> tuple[LlamaModule, TextDataModule]:
         """A new model and its data, made as ``fit`` makes them: an optimizer may be given by its name."""
         parser = _parser()
-        # `instantiate_classes` is deprecated since 4.49, which brought `instantiate`.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        made = instantiate(parser.parse_object({"model": self.model, "data": self.data}))
+        made = instantiate(parser, parser.parse_object({"model": self.model, "data": self.data}))
         return made.model, made.data
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 
@@ -53,9 +54,11 @@ class Int8CLI(LightningCLI):
                 parser.error(f"ckpt_path: {error}")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Adds what verifies checkpoints."""
+        """Adds what verifies a checkpoint that is named in words; a file is verified already."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(_VerifyResumed())  # type: ignore[attr-defined]
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and not os.path.isfile(path):
+            trainer.callbacks.append(_VerifyResumed())  # type: ignore[attr-defined]
         return trainer
 
     def before_instantiate_classes(self) -> None:
@@ -68,6 +71,12 @@ class Int8CLI(LightningCLI):
                 FallbackInt8Precision(**plugin.init_args.as_dict())
             except (TypeError, ValueError) as error:
                 self.parser.error(f"trainer.plugins.init_args: {error}")
+
+
+def instantiate(parser: ArgumentParser, parsed: Any) -> Any:
+    """Makes the objects of parsed arguments."""
+    # `instantiate_classes` is deprecated since jsonargparse 4.49, which brought `instantiate`.
+    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -84,7 +84,7 @@ class Int8Linear(nn.Linear):
         self.int8_recipe = recipe
         self.int8_state = FallbackState(recipe, (self.out_features, self.in_features))
         # Made now rather than in the first forward, which torch.compile would otherwise have to trace twice.
-        if self.int8_state.operands and self.weight.device.type != "meta":
+        if self.int8_state.operands:
             self.int8_state.on(self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Int8Linear(nn.Linear):
         if self.weight.device.type == "cuda":
             # Here rather than in the first forward, which may be an hour of loading data away.
             backends.choose(self.int8_recipe.backend, self.weight.device, self.int8_recipe.block_size)
-        if self.int8_state.operands and self.weight.device.type != "meta":
+        if self.int8_state.operands:
             self.int8_state.on(self.weight.device)
         return self
 

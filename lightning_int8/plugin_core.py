@@ -21,7 +21,7 @@ from lightning_int8.linear import Int8Linear
 from lightning_int8.names import checked_patterns, near
 from lightning_int8.recipe import Int8Recipe, resolve_recipe
 from lightning_int8.report import ConversionReport
-from lightning_int8.resume import changed_fields, falls_back, threshold_fields
+from lightning_int8.resume import changed_fields, fell_back, threshold_fields
 from lightning_int8.small_layers import MinFeatures, check_min_features
 from lightning_int8.threshold import FallbackState, fallback_states, update_thresholds
 from lightning_int8.weight_planes import drop_weight_planes, keep_weight_planes, linears_to_keep
@@ -253,12 +253,11 @@ class Int8PluginCore:
 
     def _recipe_changes(self, state_dict: Mapping[str, Any]) -> tuple[str, str]:
         """Why saved thresholds have no meaning for the recipe, and which fields only move them; empty for neither."""
-        fields = threshold_fields(self.recipe)
         # Older checkpoints lack the fields; whose operands differ is told layer by layer.
-        before = state_dict.get("recipe_fields", fields)
-        if not falls_back(fields) and state_dict.get("thresholds"):
+        before = state_dict.get("recipe_fields", threshold_fields(self.recipe))
+        if not self.recipe.falls_back and state_dict.get("thresholds"):
             return f"the recipe {self.recipe.describe()} has no fallback", ""
-        if not falls_back(before):
+        if not fell_back(before):
             return f"the recipe it was trained with, {state_dict.get('recipe')}, has no fallback", ""
         return changed_fields(before, self.recipe)
 

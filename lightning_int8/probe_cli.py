@@ -164,6 +164,8 @@ def _instantiated(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import lightning.pytorch as pl
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from lightning_int8.cli import instantiate
+
     where = f"--config={arguments.config}"
     try:
         # As `fit` reads it, with `${...}` resolved.
@@ -186,9 +188,7 @@ def _instantiated(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if "data" in config and "batch_size" in parsed.data.get("init_args", {}):
         # No more than needed; what has no batch_size gives batches that are cut.
         parsed.data.init_args.batch_size = arguments.samples
-    # `instantiate_classes` is deprecated since 4.49, which brought `instantiate`.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    made = instantiate(parsed)
+    made = instantiate(parser, parsed)
     return made.model, made.data if "data" in config else made.model
 
 

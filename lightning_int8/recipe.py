@@ -203,6 +203,11 @@ class Int8Recipe:
         return self.scaling == "row" and self.hadamard is not False
 
     @property
+    def falls_back(self) -> bool:
+        """Whether any operand may have fallback blocks, and so has a threshold."""
+        return self.activation_band[1] > 0 or self.gradient_band[1] > 0
+
+    @property
     def fuses(self) -> bool:
         """Whether ``fuse_swiglu`` applies: with `row` scaling and all three GEMMs in INT8."""
         return self.fuse_swiglu and self.scaling == "row" and self.forward and self.dgrad and self.wgrad

@@ -37,6 +37,6 @@ def changed_fields(saved: Mapping[str, Any], recipe: Int8Recipe) -> tuple[str, s
     )
 
 
-def falls_back(fields: Mapping[str, Any]) -> bool:
-    """Whether a recipe with these `threshold_fields` has thresholds at all."""
-    return fields["scaling"] != "vector" and max(fields["activation_band"][1], fields["gradient_band"][1]) > 0
+def fell_back(fields: Mapping[str, Any]) -> bool:
+    """`Int8Recipe.falls_back` of a recipe with these `threshold_fields`."""
+    return max(fields["activation_band"][1], fields["gradient_band"][1]) > 0

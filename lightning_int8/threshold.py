@@ -66,9 +66,8 @@ class FallbackState:
         """
         self.recipe = recipe
         self.columns = COLUMNS if recipe.budget is None else budget.COLUMNS
-        fallback = recipe.activation_band[1] > 0 or recipe.gradient_band[1] > 0
         operands = _OPERANDS[recipe.scaling][: 2 if recipe.mixes else None]
-        self.operands: tuple[str, ...] = operands if fallback else ()
+        self.operands: tuple[str, ...] = operands if recipe.falls_back else ()
         # X meets W in the forward and dY in the wgrad; dY meets W, with the in-features as columns, and X.
         wgrad_falls_back = recipe.wgrad and not recipe.mixes
         x, dgrad = features[0] * (recipe.forward + wgrad_falls_back), features[1] * recipe.dgrad

@@ -138,7 +138,7 @@ def train(
         options["precision"] = precision
     else:
         plugins.append(FallbackInt8Precision(recipe=run.recipe, precision=precision, ignore_modules=IGNORED))
-        if run.recipe.activation_band[1] or run.recipe.gradient_band[1]:
+        if run.recipe.falls_back:
             monitor = FallbackRateMonitor(every_n_steps=max(1, steps // 50), dirpath=str(folder))
             callbacks.append(monitor)
     branch_step = max(1, int(steps * shared["branch_at"]))

@@ -126,7 +126,7 @@ class Run:
         plan = self._plan(workload)
         ours = precisions(plan.recipes, [])[1:]
         if "gemm" in sections:
-            ahead.run_gemms(plan.shapes, plan.tokens, _recipes(ours), self.device)
+            ahead.run_gemms(plan.shapes, plan.tokens, plan.recipes, self.device)
         if "linear" in sections:
             ahead.run_linears(plan.shapes, plan.tokens, ours, self.device)
             for peer in self.peers:
@@ -154,7 +154,7 @@ class Run:
             for key, layers in workload.shapes.items():
                 self.names.setdefault(key, []).extend(layers)
         if "gemm" in until:
-            self._gemms(plan, ours, until["gemm"])
+            self._gemms(plan, until["gemm"])
             self.save(self.results())
         if "linear" in until:
             self._linears(plan, compared, until["linear"])
@@ -199,14 +199,14 @@ class Run:
             first = " ".join(map(str, left[0])) if isinstance(left[0], tuple) else left[0]
             self.skipped.append(f"{what} from {first} on{rest}: out of time (--seconds {self.args.seconds:g})")
 
-    def _gemms(self, plan: Plan, ours: list[Precision], until: float) -> None:
-        tokens, recipes = plan.tokens, _recipes(ours)
+    def _gemms(self, plan: Plan, until: float) -> None:
+        tokens = plan.tokens
         backend = backends.choose("auto", self.device)
         known = {(line["product"], line["k"], line["n"]) for line in self.measured["gemm"] if line["tokens"] == tokens}
         lines = [(product, k, n) for k, n in plan.shapes for product in ("forward", "dgrad", "wgrad")]
         for product, k, n in self._in_time("GEMM", [line for line in lines if line not in known], until):
             line = gemm.measure(
-                product, tokens, k, n, gemm.timed(product, recipes), gemm.peers(self.device), backend, self.device,
+                product, tokens, k, n, gemm.timed(product, plan.recipes), gemm.peers(self.device), backend, self.device,
                 self.peak, self.bandwidth,
             )  # fmt: skip
             self.measured["gemm"].append(line)
@@ -232,7 +232,3 @@ class Run:
             ],
             "skipped": self.skipped,
         }  # fmt: skip
-
-
-def _recipes(ours: Sequence[Precision]) -> list[Int8Recipe]:
-    return [precision.recipe for precision in ours if precision.recipe is not None]
